@@ -1,0 +1,133 @@
+"""The command `kserve-lite run module:name [...]`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from kserve_lite.errors import KServeLiteError, SettingsError, StartupError
+from kserve_lite.model import Model
+from kserve_lite.server import run as running
+from kserve_lite.server.settings import make_settings, parse_flags
+from kserve_lite.version import __version__
+
+USAGE = """\
+usage: kserve-lite run module[:name] [...] [--http_port 8080] [...]
+
+Serves the model `name` of a module, or every Model in it. The module is imported from
+the current folder; a path to a .py file will do too.
+
+  kserve-lite run app:model
+  kserve-lite run app:a app:b --http_port 9000
+  kserve-lite run --help      every flag
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; what keeps it from starting ends it with one line."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(USAGE, end="")
+        elif arguments[0] == "--version":
+            print(__version__)
+        elif arguments[0] == "run":
+            _run(arguments[1:])
+        else:
+            raise SettingsError(
+                f"there is no command {arguments[0]!r}; the command is: kserve-lite "
+                "run module:name"
+            )
+    except KServeLiteError as error:
+        running.fail(error)
+
+
+def _run(arguments: Sequence[str]) -> None:
+    positionals, flags = parse_flags(
+        arguments,
+        "kserve-lite run",
+        "Serve models that a module defines.",
+        "name",
+    )
+    settings = make_settings(environment=os.environ, flags=flags)
+    models: dict[int, Model] = {}
+    for target in positionals["name"]:
+        for model in find_models(target):
+            models[id(model)] = model
+    running.serve_process(tuple(models.values()), settings)
+
+
+def find_models(target: str) -> list[Model]:
+    """Import `module:name` or `module`; return the model, or all that it has.
+
+    Raises StartupError, in one line, for a module that is missing or fails and for a
+    name that is no Model.
+    """
+    module_name, _, name = target.partition(":")
+    module = _import(module_name)
+    there = {key: value for key, value in vars(module).items() if _is_model(value)}
+    if not name:
+        if not there:
+            raise StartupError(
+                f"{module_name} defines no Model; write model = Model(...) at the top "
+                "level of it, or name another module"
+            )
+        return list(there.values())
+    if name in there:
+        return [there[name]]
+    if hasattr(module, name):
+        kind = type(getattr(module, name)).__name__
+        raise StartupError(f"{target} is a {kind}, not a kserve_lite Model")
+    close = difflib.get_close_matches(name, there, n=1) or list(there)[:1]
+    hint = f"; did you mean {module_name}:{close[0]}?" if close else ""
+    raise StartupError(f"{module_name} has no {name!r}{hint}")
+
+
+def _is_model(value: object) -> bool:
+    return isinstance(value, Model)
+
+
+def _import(name: str) -> ModuleType:
+    folder = Path.cwd()
+    module_name = name
+    if name.endswith(".py"):
+        path = Path(name).resolve()
+        if not path.is_file():
+            raise StartupError(f"there is no file {name}")
+        folder, module_name = path.parent, path.stem
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    running.importing = name
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and module_name.split(".")[0] == error.name:
+            raise StartupError(
+                f"there is no module {module_name!r} in {folder}; give the name of a "
+                "module in this folder, or the path of a .py file"
+            ) from error
+        raise _import_failed(name, error) from error
+    except KServeLiteError:
+        raise
+    except (Exception, SystemExit) as error:  # user code may raise anything
+        raise _import_failed(name, error) from error
+    finally:
+        running.importing = None
+
+
+def _import_failed(name: str, error: BaseException) -> StartupError:
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "importlib" not in frame.filename]
+    place = ""
+    if own and own[-1].filename != __file__:
+        place = f" ({Path(own[-1].filename).name}:{own[-1].lineno})"
+    return StartupError(
+        f"{name} cannot be imported: {type(error).__name__}: {error}{place}"
+    )

@@ -1,0 +1,1 @@
+"""Payload bytes <-> messages. Pure functions: no model, no socket, no clock."""

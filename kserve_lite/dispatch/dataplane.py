@@ -1,0 +1,290 @@
+"""What every protocol asks for: live, ready, metadata, load, infer.
+
+`infer` runs a model's stages in order, async handlers on the event loop and plain ones
+in threads. An exception of a handler ends here: in the log with its traceback, and to
+the caller as `ModelFailed` with the request id under which it was logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+
+from kserve_lite.dispatch.binding import (
+    answer_of,
+    request_arguments,
+    stage_arguments,
+)
+from kserve_lite.dispatch.offload import Offload
+from kserve_lite.errors import (
+    DeadlineExceeded,
+    InferenceFault,
+    ModelFailed,
+    ModelNotReady,
+    Unsupported,
+)
+from kserve_lite.handlers import Call, Handler, Stage
+from kserve_lite.messages import Answer, Context, StreamAnswer
+from kserve_lite.model import Model, Phase
+from kserve_lite.registry import Registry
+
+log = logging.getLogger("kserve_lite")
+trace = logging.getLogger("kserve_lite.trace")
+
+# A `ready` handler that takes longer is as good as not ready; kubelet's default probe
+# timeout is 1 s.
+READY_TIMEOUT = 5.0
+
+
+def default_workers() -> int:
+    """min(32, CPUs + 4), of the CPUs that this process may use."""
+    return min(32, len(os.sched_getaffinity(0)) + 4) if _has_affinity() else 8
+
+
+def _has_affinity() -> bool:
+    return hasattr(os, "sched_getaffinity")
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchSettings:
+    """How requests are run.
+
+    max_asyncio_workers: threads that plain `def` handlers of all models share; 0 takes
+        min(32, CPUs + 4).
+    enable_latency_logging: log one line a request with the milliseconds of each stage.
+    expose_errors: send the text of a handler's exception to the client (development).
+    """
+
+    max_asyncio_workers: int = 0
+    enable_latency_logging: bool = False
+    expose_errors: bool = False
+
+
+class DataPlane:
+    """The door to a registry of models."""
+
+    def __init__(self, registry: Registry, settings: DispatchSettings) -> None:
+        self.registry = registry
+        self.settings = settings
+        self.offload = Offload(settings.max_asyncio_workers or default_workers())
+        # `def ready` checks have a thread of their own: they must not wait behind
+        # predictions.
+        self._checks = Offload(1, "kserve-lite-ready")
+        self.accepting = True
+
+    def close(self) -> None:
+        self.offload.close()
+        self._checks.close()
+
+    async def ready(self) -> bool:
+        """Whether every model is ready; False with no model and while stopping."""
+        if not self.accepting or not len(self.registry):
+            return False
+        for model in self.registry:
+            if not await self.model_ready(model):
+                return False
+        return True
+
+    async def model_ready(self, model: Model) -> bool:
+        """Whether the model is loaded and its `ready` handler, if any, says yes."""
+        if model.phase is not Phase.READY:
+            return False
+        check = model.handler(Stage.READY)
+        if check is None:
+            return True
+        try:
+            with anyio.fail_after(READY_TIMEOUT):
+                return bool(await self._call(check, (), model, None, self._checks))
+        except Exception:  # user code: whatever it raises means "not ready"
+            log.exception("the ready handler of model %s failed", model.name)
+            return False
+
+    async def load(self, model: Model) -> None:
+        """Run the model's load handler; raises what it raises."""
+        model.enter(Phase.LOADING)
+        handler = model.handler(Stage.LOAD)
+        started = time.perf_counter()
+        try:
+            state = await self._call(handler, (), model, None) if handler else None
+        except BaseException:
+            model.enter(Phase.FAILED)
+            raise
+        model.enter(Phase.READY, state)
+        log.info("loaded %s in %.2f s", model.name, time.perf_counter() - started)
+
+    async def unload(self, model: Model) -> None:
+        """Run the model's unload handler; what it raises is logged."""
+        handler = model.handler(Stage.UNLOAD)
+        try:
+            if handler is not None and model.phase is Phase.READY:
+                await self._call(handler, (), model, None)
+        except Exception:  # user code: the other models must still be unloaded
+            log.exception("the unload handler of model %s failed", model.name)
+        finally:
+            if model.phase is not Phase.UNLOADED:
+                model.enter(Phase.UNLOADED)
+
+    async def find(self, name: str, version: str | None = None) -> Model:
+        """Return a model that can answer; raise ModelNotFound or ModelNotReady."""
+        model = self.registry.get(name, version)
+        ready = model.phase is Phase.READY
+        if not ready or (
+            model.handler(Stage.READY) is not None and not await self.model_ready(model)
+        ):
+            raise ModelNotReady(name)
+        return model
+
+    async def infer(
+        self, model: Model, verb: Stage, payload: Any, context: Context
+    ) -> Answer:
+        """Run the model's stages on a payload.
+
+        verb: Stage.PREDICT or Stage.EXPLAIN. payload: an InferRequest, or decoded JSON
+        where the model's entry handler takes JSON on V1.
+        Raises InferenceFault, and nothing else of what handlers raise.
+        """
+        if model.handler(verb) is None:
+            raise Unsupported(f"Model {model.name} has no {verb.value} handler.")
+        try:
+            if context.deadline is None:
+                return await self._run(model, verb, payload, context)
+            with anyio.fail_after(context.remaining()):
+                return await self._run(model, verb, payload, context)
+        except InferenceFault:
+            raise
+        except NotImplementedError as error:
+            raise Unsupported(str(error) or "Not implemented.") from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Nobody cancelled this request: the handler raised it by itself.
+            raise self.model_failed(model, context, error) from error
+        except (Exception, SystemExit) as error:  # user code may raise anything
+            remaining = context.remaining()
+            if isinstance(error, TimeoutError) and remaining == 0:
+                raise DeadlineExceeded from error
+            raise self.model_failed(model, context, error) from error
+
+    def model_failed(
+        self, model: Model, context: Context, error: BaseException
+    ) -> ModelFailed:
+        """Log a failure of the model's own code; return what the client may know."""
+        log.error(
+            "model %s failed, request id %s",
+            model.name,
+            context.request_id,
+            exc_info=error,
+        )
+        exposed = None
+        if self.settings.expose_errors:
+            exposed = f"{type(error).__name__}: {error}."
+        return ModelFailed(context.request_id, exposed)
+
+    async def _run(
+        self, model: Model, verb: Stage, payload: Any, context: Context
+    ) -> Answer:
+        timed = self.settings.enable_latency_logging
+        milliseconds: dict[Stage, float] = {}
+        entry = model.entry(verb)
+        value: Any = payload
+        for stage in (Stage.PREPROCESS, verb, Stage.POSTPROCESS):
+            handler = model.handler(stage)
+            if handler is None:
+                continue
+            bind = request_arguments if handler is entry else stage_arguments
+            started = time.perf_counter() if timed else 0.0
+            value = await self._call(handler, bind(handler, value), model, context)
+            if timed:
+                milliseconds[stage] = (time.perf_counter() - started) * 1e3
+        if timed:
+            _log_latency(context, milliseconds)
+        if isinstance(value, (AsyncIterator, Iterator)) and context.protocol == "v1":
+            return StreamAnswer(self._stream(value))
+        return answer_of(value, model, entry.form, context, payload)
+
+    async def _call(
+        self,
+        handler: Handler,
+        arguments: tuple[Any, ...] | dict[str, Any],
+        model: Model,
+        context: Context | None,
+        offload: Offload | None = None,
+    ) -> Any:
+        named: dict[str, Any] = {}
+        for name in handler.injected:
+            if name == "state":
+                named[name] = model.state
+            elif name == "context":
+                named[name] = context
+            else:
+                named[name] = getattr(context, name)
+        if isinstance(arguments, dict):
+            named |= arguments
+            arguments = ()
+        if handler.call is Call.AWAIT:
+            return await handler.function(*arguments, **named)
+        if handler.call is Call.GENERATOR:
+            return handler.function(*arguments, **named)
+        offload = offload or self.offload
+        result = await offload.run(handler.function, *arguments, **named)
+        if inspect.isawaitable(result):
+            return await result
+        return result
+
+    async def _stream(
+        self, items: AsyncIterator[Any] | Iterator[Any]
+    ) -> AsyncGenerator[Any, None]:
+        """The items of any iterator; a plain one is advanced in a thread."""
+        if isinstance(items, AsyncIterator):
+            try:
+                async for item in items:
+                    yield item
+            finally:
+                if isinstance(items, AsyncGenerator):
+                    await items.aclose()
+            return
+        # The lock keeps close() from a generator that a thread is still inside of,
+        # when the client went away during an item.
+        lock = threading.Lock()
+        end = object()
+
+        def advance() -> Any:
+            with lock:
+                return next(items, end)
+
+        def close() -> None:
+            with lock:
+                items.close()  # type: ignore[attr-defined]
+
+        try:
+            while (item := await self.offload.run(advance)) is not end:
+                yield item
+        finally:
+            if hasattr(items, "close"):
+                with anyio.CancelScope(shield=True):
+                    await self.offload.run(close)
+
+
+def _log_latency(context: Context, milliseconds: dict[Stage, float]) -> None:
+    """One line, in the format of KServe's SDK."""
+    fields = ", ".join(
+        f"{stage.value}_ms: {round(milliseconds.get(stage, 0.0), 6)}"
+        for stage in (
+            Stage.PREPROCESS,
+            Stage.EXPLAIN,
+            Stage.PREDICT,
+            Stage.POSTPROCESS,
+        )
+    )
+    given = context.headers.get("x-request-id")
+    trace.info("requestId: %s, %s", context.request_id if given else "N.A.", fields)

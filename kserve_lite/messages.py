@@ -1,0 +1,164 @@
+"""The values that every protocol is turned into and out of.
+
+`InferRequest` and `InferResponse` are the Open Inference Protocol's request and
+response; `Context` is what a handler may know about the request besides its payload.
+Nothing here knows JSON, protobuf, HTTP or gRPC.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from kserve_lite.errors import InvalidInput
+from kserve_lite.tensors import Parameters, Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def new_id() -> str:
+    """Return a fresh id of 32 hexadecimal digits. It names, it does not protect."""
+    return f"{random.getrandbits(128):032x}"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestedOutput:
+    """An output that the client asks for by name."""
+
+    name: str
+    parameters: Parameters = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class InferRequest:
+    """A request's tensors.
+
+    id: the client's own id; None where it gave none.
+    outputs: what the client asks for, in order; empty: every output.
+    """
+
+    model_name: str
+    inputs: tuple[Tensor, ...]
+    id: str | None = None
+    model_version: str | None = None
+    parameters: Parameters = field(default_factory=dict)
+    outputs: tuple[RequestedOutput, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(tensor.name for tensor in self.inputs)
+
+    def __contains__(self, name: str) -> bool:
+        return any(tensor.name == name for tensor in self.inputs)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Return the array of the input `name`; raise InvalidInput without one."""
+        for tensor in self.inputs:
+            if tensor.name == name:
+                return tensor.array
+        raise InvalidInput(f"Input '{name}' is missing.")
+
+
+@dataclass(frozen=True, slots=True)
+class InferResponse:
+    """An answer's tensors.
+
+    id: None lets the server fill in the request's id, or a new one.
+    model_name: None lets the server fill in the model's name.
+    """
+
+    outputs: tuple[Tensor, ...]
+    id: str | None = None
+    model_name: str | None = None
+    model_version: str | None = None
+    parameters: Parameters = field(default_factory=dict)
+
+
+class Context:
+    """What a handler may know of its request; ask for it by the name `context`.
+
+    model_name, model_version: the model that answers; the version may be None.
+    protocol: "v1", "v2" or "grpc".
+    headers: the request's headers, read-only, names in lower case.
+    response_headers: headers for the answer, filled by the handler.
+    deadline: `time.monotonic()` at which the caller stops waiting; None: it does not.
+    """
+
+    __slots__ = (
+        "_gone",
+        "_request_id",
+        "deadline",
+        "headers",
+        "model_name",
+        "model_version",
+        "protocol",
+        "response_headers",
+    )
+
+    def __init__(
+        self,
+        *,
+        model_name: str,
+        model_version: str | None = None,
+        protocol: str = "v1",
+        headers: Mapping[str, str] | None = None,
+        deadline: float | None = None,
+        gone: Callable[[], bool] | None = None,
+    ) -> None:
+        self.model_name = model_name
+        self.model_version = model_version
+        self.protocol = protocol
+        self.headers: Mapping[str, str] = {} if headers is None else headers
+        self.response_headers: dict[str, str] = {}
+        self.deadline = deadline
+        self._request_id: str | None = None
+        self._gone = gone
+
+    @property
+    def request_id(self) -> str:
+        """The client's `x-request-id`, or one made here; the same all along.
+
+        A client's id is taken only if it has at most 128 visible ASCII characters,
+        since it is written to logs and sent back.
+        """
+        if self._request_id is None:
+            given = self.headers.get("x-request-id", "")
+            usable = given.isascii() and given.isprintable() and 0 < len(given) <= 128
+            self._request_id = given if usable and " " not in given else new_id()
+        return self._request_id
+
+    def remaining(self) -> float | None:
+        """Seconds that are left until the deadline, never below 0; None without one."""
+        if self.deadline is None:
+            return None
+        return max(0.0, self.deadline - time.monotonic())
+
+    @property
+    def disconnected(self) -> bool:
+        """Whether the client has gone: what is computed now, nobody will read."""
+        return self._gone is not None and self._gone()
+
+
+class JsonAnswer(NamedTuple):
+    """An answer that is a JSON value as it stands (V1)."""
+
+    value: Any
+
+
+class RawAnswer(NamedTuple):
+    """An answer whose bytes the handler wrote itself."""
+
+    data: bytes
+
+
+class StreamAnswer(NamedTuple):
+    """An answer that comes in pieces, whatever the handler yields."""
+
+    items: AsyncGenerator[Any, None]
+
+
+Answer: TypeAlias = InferResponse | JsonAnswer | RawAnswer | StreamAnswer

@@ -1,0 +1,67 @@
+"""The models that a server serves, by name and version."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kserve_lite.errors import ModelDefinitionError, ModelNotFound
+from kserve_lite.model import Model
+
+
+class Registry:
+    """Models by name, and by version within a name, in the order they were added."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, dict[str | None, Model]] = {}
+
+    def add(self, model: Model) -> None:
+        """Add a model; raise ModelDefinitionError if name and version are taken."""
+        versions = self._models.setdefault(model.name, {})
+        if model.version in versions:
+            raise ModelDefinitionError(
+                f"Two models are named {model.name!r} and have the same version: give "
+                "one another name, or another version."
+            )
+        versions[model.version] = model
+
+    def get(self, name: str, version: str | None = None) -> Model:
+        """Return the model; without a version the newest one of that name.
+
+        Versions that are numbers are newer than others and ordered as numbers. Raises
+        ModelNotFound.
+        """
+        versions = self._models.get(name)
+        if versions is None:
+            raise ModelNotFound(name)
+        if version is None:
+            if len(versions) == 1:
+                return next(iter(versions.values()))
+            return versions[max(versions, key=_age)]
+        model = versions.get(version)
+        if model is None:
+            raise ModelNotFound(name, version)
+        return model
+
+    def names(self) -> list[str]:
+        return list(self._models)
+
+    def versions(self, name: str) -> list[str]:
+        """The versions of a name, oldest first; a model without one is not listed."""
+        known = [version for version in self._models[name] if version is not None]
+        return sorted(known, key=_age)
+
+    def __iter__(self) -> Iterator[Model]:
+        for versions in self._models.values():
+            yield from versions.values()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._models.values()))
+
+
+def _age(version: str | None) -> tuple[int, int, str]:
+    """A sort key: no version, then names, then numbers in numeric order."""
+    if version is None:
+        return (0, 0, "")
+    if version.isdecimal():
+        return (2, int(version), version)
+    return (1, 0, version)

@@ -1,0 +1,1 @@
+"""HTTP request -> dispatch -> HTTP response, without a socket."""

@@ -1,0 +1,55 @@
+"""What the REST API answers with, and the table from kinds of errors to statuses."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import NamedTuple
+
+import orjson
+
+from kserve_lite.errors import InferenceFault, Kind, ModelFailed
+from kserve_lite.wire.events import Buffer, RawHeaders
+
+# Total over the kinds; 499 is nginx's "client closed request", seen in logs only.
+STATUS: dict[Kind, int] = {
+    Kind.INVALID_INPUT: 400,
+    Kind.NOT_FOUND: 404,
+    Kind.NOT_READY: 503,
+    Kind.UNSUPPORTED: 501,
+    Kind.OVERLOADED: 503,
+    Kind.DEADLINE_EXCEEDED: 504,
+    Kind.CANCELLED: 503,
+    Kind.MODEL_FAILED: 500,
+    Kind.INTERNAL: 500,
+}
+
+JSON = (b"content-type", b"application/json")
+
+
+class Reply(NamedTuple):
+    """An HTTP answer. A generator as body streams, its items already bytes."""
+
+    status: int
+    headers: RawHeaders
+    body: Buffer | AsyncGenerator[bytes, None]
+
+
+def json_reply(body: bytes, status: int = 200, headers: RawHeaders = ()) -> Reply:
+    """An answer whose body is JSON text already."""
+    return Reply(status, (JSON, *headers), body)
+
+
+def error_reply(status: int, reason: str, headers: RawHeaders = ()) -> Reply:
+    """The one shape of every error: `{"error": reason}`."""
+    return json_reply(orjson.dumps({"error": reason}), status, headers)
+
+
+def fault_reply(fault: InferenceFault) -> Reply:
+    """Translate a fault; a failed model's answer carries the request's id."""
+    headers: RawHeaders = ()
+    if isinstance(fault, ModelFailed):
+        headers = ((b"x-request-id", fault.request_id.encode("ascii")),)
+    # A handler may word a fault with text from anywhere: what is no Unicode scalar
+    # value cannot be JSON.
+    reason = fault.reason.encode(errors="replace").decode()
+    return error_reply(STATUS[fault.kind], reason, headers)

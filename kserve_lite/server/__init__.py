@@ -1,0 +1,1 @@
+"""The process: settings, sockets, a server's life, signals."""

@@ -1,0 +1,58 @@
+"""What a person sees when the server is ready: URLs, and a curl line to paste."""
+
+from __future__ import annotations
+
+import json
+
+from kserve_lite.handlers import Form, Stage
+from kserve_lite.model import Model
+from kserve_lite.tensors import DATATYPES, TensorSpec, element_count
+
+# A longer curl line is no help to anyone.
+MAX_ELEMENTS = 100
+_EXAMPLES = {"bool": False, "int": 0, "float": 0.0, "bytes": "text"}
+
+
+def banner(models: tuple[Model, ...], url: str) -> str:
+    """Return the banner; its curl line answers 200 when pasted."""
+    lines = [f"kserve-lite serves {', '.join(m.name for m in models)} on {url}"]
+    for model in models:
+        lines += (
+            f"  V1  {url}/v1/models/{model.name}:predict",
+            f"  V2  {url}/v2/models/{model.name}/infer",
+        )
+    return "\n".join((*lines, "Try it:", f"  {curl_line(models[0], url)}"))
+
+
+def curl_line(model: Model, url: str) -> str:
+    """A command that works for the model: a prediction where its inputs are known."""
+    body = _example(model)
+    if body is None:
+        return f"curl {url}/v2/models/{model.name}"
+    return f"curl -d '{body}' {url}/v1/models/{model.name}:predict"
+
+
+def _example(model: Model) -> str | None:
+    entry = model.entry(Stage.PREDICT)
+    inputs = model.inputs
+    if entry.form is not Form.TENSORS or len(inputs) != len(entry.tensors):
+        return None
+    # The first dimension of V1 is the number of instances.
+    if any(not spec.shape or spec.shape[0] not in (-1, 1) for spec in inputs):
+        return None
+    shapes = [[max(1, size) for size in spec.shape] for spec in inputs]
+    if sum(map(element_count, shapes)) > MAX_ELEMENTS:
+        return None
+    row = {
+        spec.name or "": _fill(spec, shape[1:])
+        for spec, shape in zip(inputs, shapes, strict=True)
+    }
+    instance = row if len(row) > 1 else next(iter(row.values()))
+    return json.dumps({"instances": [instance]}, separators=(",", ":"))
+
+
+def _fill(spec: TensorSpec, shape: list[int]) -> object:
+    value: object = _EXAMPLES[DATATYPES[spec.datatype].kind]
+    for size in reversed(shape):
+        value = [value] * size
+    return value

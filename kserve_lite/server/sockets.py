@@ -1,0 +1,61 @@
+"""Listening sockets."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from kserve_lite.errors import StartupError
+
+# Connections that the kernel holds until they are accepted; Linux caps it by
+# net.core.somaxconn (4096).
+BACKLOG = 2048
+
+
+def listen_on(host: str, port: int) -> list[socket.socket]:
+    """Return non-blocking sockets that listen on every address of `host`.
+
+    Raises StartupError that says what is wrong with host or port and what to do.
+    """
+    try:
+        found = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except socket.gaierror as error:
+        raise StartupError(
+            f"cannot listen on host {host!r}: {error.strerror}; give --host an address "
+            "of this machine, 127.0.0.1 or 0.0.0.0"
+        ) from error
+    sockets: list[socket.socket] = []
+    for family, address in dict.fromkeys((info[0], info[4]) for info in found):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if port == 0 and sockets:
+                # Every address gets the port that the first one was given.
+                address = (address[0], sockets[0].getsockname()[1], *address[2:])
+            sock.bind(address)
+            sock.listen(BACKLOG)
+        except OSError as error:
+            for opened in (*sockets, sock):
+                opened.close()
+            raise _cannot_listen(host, port, error) from error
+        sockets.append(sock)
+    return sockets
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> StartupError:
+    if error.errno == errno.EADDRINUSE:
+        return StartupError(
+            f"port {port} on {host} is in use: stop what listens there, or give "
+            "--http_port another port (0 takes a free one)"
+        )
+    if error.errno == errno.EACCES:
+        return StartupError(
+            f"port {port} on {host} may not be used by this user: ports below 1024 "
+            "need a privilege; give --http_port a higher one"
+        )
+    return StartupError(f"cannot listen on {host}:{port}: {error.strerror}")

@@ -1,0 +1,1 @@
+"""Where bytes meet sockets: asyncio protocols, and one request's life."""

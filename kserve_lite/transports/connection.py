@@ -1,0 +1,342 @@
+"""One accepted connection: an asyncio protocol around the wire codec.
+
+Reading is driven by the event loop, answering by one task a connection, which takes one
+request after the other, so that pipelined requests are answered in order. Every way in
+which a peer can hold the connection has a deadline; one lazy timer a connection checks
+them. A lost connection ends its own task and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import math
+from typing import TYPE_CHECKING, cast
+
+import anyio
+
+from kserve_lite.rest.replies import error_reply
+from kserve_lite.transports.exchange import events_of, exchange
+from kserve_lite.transports.timeouts import HALF_CLOSED, LINGER, MIN_RATE
+from kserve_lite.wire.events import (
+    Buffer,
+    ContinueWanted,
+    Data,
+    EndOfMessage,
+    Event,
+    Outgoing,
+    Refusal,
+    Request,
+)
+from kserve_lite.wire.http1 import CONTINUE, STREAM, Http1Connection
+
+if TYPE_CHECKING:
+    from kserve_lite.transports.listener import Listener
+
+log = logging.getLogger("kserve_lite")
+
+# Pieces of an answer are joined into one write up to this size; beyond it the copy
+# costs more than a second buffer for the kernel.
+JOIN_SIZE = 64 * 1024
+
+
+class _Phase(enum.Enum):
+    """What the connection waits for, which says what its deadline means."""
+
+    IDLE = "the next request"
+    HEAD = "the rest of a head"
+    BODY = "the rest of a body"
+    ANSWER = "its own answer: no deadline here"
+    HALF_CLOSED = "its own answer to a peer that may be gone"
+    LINGER = "the peer to close, after a refusal"
+
+
+class Connection(asyncio.BufferedProtocol):
+    """A connection of `listener`, from accept to close."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._loop = asyncio.get_running_loop()
+        self._wire = Http1Connection(listener.wire_limits)
+        self._scope = anyio.CancelScope()
+        self._transport: asyncio.Transport
+        self._direct = False
+        self._request: Request | None = None
+        self._body: Buffer = b""
+        self._complete = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._writable: asyncio.Future[None] | None = None
+        self._paused = False
+        self._gone = False
+        self._eof = False
+        self._phase = _Phase.IDLE
+        self._deadline = math.inf
+        self._body_since = 0.0
+        self._body_came = 0
+        self._write_deadline = math.inf
+        self._unwritten = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    # --- called by the event loop -----------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(
+            "asyncio.Transport", transport
+        )  # uvloop's is no subclass
+        if not self._listener.admit(self):
+            if self._listener.crowded:
+                self._transport.abort()
+                return
+            self._refuse(self._wire.refuse(503, "The server has too many connections."))
+            return
+        self._wait(_Phase.IDLE)
+        self._listener.start_soon(self._serve)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        target = self._wire.body_buffer()
+        self._direct = target is not None
+        return self._listener.scratch if target is None else target
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._phase is _Phase.LINGER:
+            return
+        if self._phase is _Phase.BODY:
+            self._body_came += nbytes
+        if self._direct:
+            self._take(self._wire.body_received(nbytes))
+        else:
+            self._take(self._wire.receive(self._listener.scratch[:nbytes]))
+        if self._wire.surplus > self._wire.limits.max_head_size and not self._paused:
+            # More pipelined requests than one head: read on when they are wanted.
+            self._paused = True
+            self._transport.pause_reading()
+
+    def eof_received(self) -> bool:
+        self._eof = True
+        if self._phase is _Phase.ANSWER:
+            self._wait(_Phase.HALF_CLOSED)
+            return True
+        return False
+
+    def pause_writing(self) -> None:
+        if self._writable is None:
+            self._writable = self._loop.create_future()
+        self._watch_writing()
+
+    def resume_writing(self) -> None:
+        self._write_deadline = math.inf
+        if self._writable is not None:
+            if not self._writable.done():
+                self._writable.set_result(None)
+            self._writable = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._gone = True
+        self._deadline = self._write_deadline = math.inf
+        if self._timer is not None:
+            self._timer.cancel()
+        self.resume_writing()
+        self._scope.cancel()
+        self._listener.forget(self)
+
+    # --- the stream that one exchange writes to ----------------------------------
+
+    def send(self, *events: Outgoing) -> None:
+        if self._gone or self._transport.is_closing():
+            return
+        if self._listener.draining or self._eof:
+            self._wire.keep_alive = False
+        parts = self._wire.send(*events)
+        if sum(map(len, parts)) <= JOIN_SIZE:
+            self._transport.write(b"".join(parts))
+        else:
+            self._transport.writelines(parts)
+
+    async def drain(self) -> None:
+        if self._writable is not None:
+            await self._writable
+
+    def abort(self) -> None:
+        self._wire.keep_alive = False
+        self._transport.abort()
+
+    def is_gone(self) -> bool:
+        return self._gone or self._eof
+
+    # --- called by the listener --------------------------------------------------
+
+    @property
+    def answering(self) -> bool:
+        """Whether a request is being answered."""
+        return self._phase in (_Phase.ANSWER, _Phase.HALF_CLOSED)
+
+    def finish(self) -> None:
+        """Close as soon as nothing is in flight; answers say `connection: close`."""
+        if self._phase is _Phase.IDLE:
+            self._close()
+
+    # --- requests ------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        with self._scope:
+            try:
+                while True:
+                    if not self._complete:
+                        self._waiter = self._loop.create_future()
+                        await self._waiter
+                    request, body = self._request, self._body
+                    self._request, self._body, self._complete = None, b"", False
+                    if request is None:
+                        return
+                    await exchange(self._listener.app, request, body, self)
+                    if not self._wire.keep_alive:
+                        break
+                    self._wait(_Phase.IDLE)
+                    if self._paused:
+                        self._paused = False
+                        self._transport.resume_reading()
+                    self._take(self._wire.next_cycle())
+                    if self._complete:
+                        # Pipelined: the other connections get their turn in between.
+                        await asyncio.sleep(0)
+            except Exception:  # the boundary: one connection, never its siblings
+                log.exception("a connection failed: a bug in kserve-lite")
+                self._transport.abort()
+        self._close()
+
+    def _take(self, events: list[Event]) -> None:
+        for event in events:
+            if type(event) is Request:
+                self._request = event
+            elif type(event) is Data:
+                self._gather(event.data)
+            elif type(event) is EndOfMessage:
+                self._complete = True
+                self._wait(_Phase.ANSWER)
+                if self._waiter is not None and not self._waiter.done():
+                    self._waiter.set_result(None)
+            elif type(event) is ContinueWanted:
+                self._transport.write(CONTINUE)
+            elif type(event) is Refusal:
+                self._refuse(event)
+                return
+        if not self._complete and not self._gone:
+            self._await_the_rest()
+
+    def _gather(self, data: Buffer) -> None:
+        """An announced body comes whole; a chunked one in pieces, within its limit."""
+        if not self._body:
+            self._body = data
+            return
+        if not isinstance(self._body, bytearray):
+            self._body = bytearray(self._body)
+        self._body += data
+
+    def _await_the_rest(self) -> None:
+        if self._wire.inside_body:
+            if self._phase is not _Phase.BODY:
+                self._body_since, self._body_came = self._loop.time(), 0
+                self._wait(_Phase.BODY)
+        elif not self._wire.between_messages and self._phase is _Phase.IDLE:
+            self._wait(_Phase.HEAD)
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self._request, self._body = None, b""
+        if refusal.status is None:
+            self._close()
+            return
+        retry = ((b"retry-after", b"1"),) if refusal.status == 503 else ()
+        reply = error_reply(refusal.status, refusal.reason, retry)
+        self.send(*events_of(reply, STREAM))
+        self._wait(_Phase.LINGER)
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+
+    # --- deadlines -----------------------------------------------------------------
+
+    def _wait(self, phase: _Phase) -> None:
+        """Enter a phase, with the deadline that it has."""
+        limits = self._listener.limits
+        self._phase = phase
+        if phase is _Phase.ANSWER:
+            self._deadline = math.inf
+            return
+        if phase is _Phase.IDLE:
+            seconds = limits.timeout_keep_alive
+        elif phase is _Phase.HEAD:
+            seconds = limits.head_timeout
+        elif phase is _Phase.BODY:
+            seconds = limits.body_timeout
+        else:
+            seconds = LINGER if phase is _Phase.LINGER else HALF_CLOSED
+        self._deadline = self._loop.time() + seconds
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        """Have the timer fire no later than the nearest deadline.
+
+        A timer that fires early finds nothing due and is set again: a kept connection
+        thus makes no timer a request.
+        """
+        due = min(self._deadline, self._write_deadline)
+        if self._timer is not None:
+            if self._timer.when() <= due:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(due, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        if self._write_deadline <= now:
+            self._watch_writing()
+        if self._deadline <= now:
+            self._expire(now)
+        if min(self._deadline, self._write_deadline) < math.inf:
+            self._set_timer()
+
+    def _expire(self, now: float) -> None:
+        limits = self._listener.limits
+        self._deadline = math.inf
+        if self._phase is _Phase.IDLE:
+            self._close()
+        elif self._phase is _Phase.HEAD:
+            self._refuse(
+                self._wire.refuse(408, "The request's head did not arrive in time.")
+            )
+        elif self._phase is _Phase.BODY:
+            allowed = limits.body_timeout + self._body_came / MIN_RATE
+            if self._body_since + allowed > now:
+                self._deadline = self._body_since + allowed
+            else:
+                self._refuse(
+                    self._wire.refuse(408, "The request's body did not arrive in time.")
+                )
+        elif self._phase is _Phase.HALF_CLOSED:
+            self._scope.cancel()
+        elif self._phase is _Phase.LINGER:
+            self._transport.abort()
+
+    def _watch_writing(self) -> None:
+        """Cut a peer that reads too little of what was written since the last look."""
+        if self._gone:
+            return
+        seconds = self._listener.limits.write_timeout
+        left = self._transport.get_write_buffer_size()
+        looked_before = self._write_deadline < math.inf
+        if looked_before and self._unwritten - left < MIN_RATE * seconds:
+            self._transport.abort()
+            return
+        self._unwritten = left
+        self._write_deadline = self._loop.time() + seconds
+        self._set_timer()
+
+    def _close(self) -> None:
+        """Close when all that was written is sent, within the write timeout."""
+        if self._gone or self._transport.is_closing():
+            return
+        self._deadline = math.inf
+        self._transport.close()
+        if self._write_deadline == math.inf and self._transport.get_write_buffer_size():
+            self._watch_writing()

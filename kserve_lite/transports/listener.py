@@ -1,0 +1,94 @@
+"""Accepts connections, knows the open ones, and lets them finish."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+from anyio.abc import TaskGroup
+
+from kserve_lite.transports.connection import Connection
+from kserve_lite.transports.exchange import App
+from kserve_lite.transports.timeouts import READ_SIZE, ConnectionLimits
+from kserve_lite.wire.limits import WireLimits
+
+
+class Listener:
+    """Serves `app` on sockets that listen already, in the tasks of `tasks`."""
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        tasks: TaskGroup,
+        limits: ConnectionLimits | None = None,
+        wire_limits: WireLimits | None = None,
+    ) -> None:
+        self.app = app
+        self.limits = limits or ConnectionLimits()
+        self.wire_limits = wire_limits or WireLimits()
+        self.draining = False
+        # One read buffer serves all connections: the selector loops and uvloop read
+        # into it and report at once, before any other connection is looked at.
+        self.scratch = memoryview(bytearray(READ_SIZE))
+        self._tasks = tasks
+        self._connections: set[Connection] = set()
+        self._servers: list[asyncio.Server] = []
+        self._emptied: anyio.Event | None = None
+
+    async def listen(self, sockets: list[socket.socket]) -> None:
+        """Accept connections of these sockets, which the listener now owns."""
+        loop = asyncio.get_running_loop()
+        for sock in sockets:
+            self._servers.append(
+                await loop.create_server(lambda: Connection(self), sock=sock)
+            )
+
+    def start_soon(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._tasks.start_soon(function)
+
+    def admit(self, connection: Connection) -> bool:
+        """Take a new connection in; False: there are too many, it must go."""
+        self._connections.add(connection)
+        return len(self._connections) <= self.limits.max_connections
+
+    @property
+    def crowded(self) -> bool:
+        """Whether even telling a connection that there are too many is too much."""
+        return len(self._connections) > 2 * self.limits.max_connections
+
+    def forget(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        if not self._connections and self._emptied is not None:
+            self._emptied.set()
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests are being answered."""
+        return sum(connection.answering for connection in self._connections)
+
+    async def drain(self) -> None:
+        """Accept nothing more; return when every connection has finished."""
+        self.draining = True
+        for server in self._servers:
+            server.close()
+        for connection in list(self._connections):
+            connection.finish()
+        if self._connections:
+            self._emptied = anyio.Event()
+            await self._emptied.wait()
+
+    async def abort(self) -> None:
+        """Accept nothing more and cut every connection."""
+        self.draining = True
+        for server in self._servers:
+            server.close()
+        for connection in list(self._connections):
+            connection.abort()
+        # Transports report the loss in the loop's next turns.
+        while self._connections:
+            await anyio.lowlevel.checkpoint()

@@ -1,0 +1,43 @@
+"""Every bound on time, and on the number of connections, that a peer can drive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Bytes read from a socket at once, into one buffer that all connections share.
+READ_SIZE = 256 * 1024
+
+# A transfer slower than this, on top of its timeout, is cut: a peer that sends or reads
+# a byte a second would hold its connection for days (Apache's mod_reqtimeout: 500 B/s).
+MIN_RATE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """Bounds on one connection in seconds, and on all of them in number.
+
+    timeout_keep_alive: idle between requests; then it is closed (KServe 65, nginx 75).
+    head_timeout: from a head's first byte to its last; then 408 (nginx 60).
+    body_timeout: from a head to the body's last byte, plus one second for each
+        `MIN_RATE` bytes that came; then 408.
+    write_timeout: without the peer reading `MIN_RATE` bytes a second of the answer;
+        then the connection is cut (nginx's send_timeout 60).
+    max_connections: open at the same time; a further one gets 503 (nginx 512 a worker).
+    """
+
+    timeout_keep_alive: float = 65.0
+    head_timeout: float = 20.0
+    body_timeout: float = 60.0
+    write_timeout: float = 60.0
+    max_connections: int = 2048
+
+
+# After a refusal the connection is read on for so long, and what comes is dropped:
+# closing at once would reset it and could destroy the answer before it is read
+# (RFC 9112 section 9.6).
+LINGER = 2.0
+
+# A client that closes its sending side may still be waiting for the answer
+# (`shutdown`, `nc -N`) or may be gone: both look the same from here. It is answered if
+# that takes no longer than this, then the request is cancelled.
+HALF_CLOSED = 0.5

@@ -1,0 +1,3 @@
+"""The version of the package, as a plain value."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""HTTP bytes <-> events: no await, no clock, no socket, nothing of models."""

@@ -1,0 +1,428 @@
+"""One HTTP/1.1 connection, server side, bytes to events and back (RFC 9112).
+
+Two lanes read a head. The fast lane is one strict, compiled grammar for what clients
+of a model server really send. Whatever does not match it, wrong or merely unusual, goes
+untouched to h11, the referee, which also reads all chunked bodies and words every
+refusal's status. Invariant, held by a property test: what the fast lane accepts, h11
+accepts too, with the same method, target, headers, body and end of message.
+
+Bodies of announced length are read straight into one buffer by either lane: the owner
+of the socket asks `body_buffer()` where the next bytes belong. While a request is being
+answered nothing is parsed: what arrives is kept, up to `max_head_size`, for
+`next_cycle()`.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from http import HTTPStatus
+from typing import NamedTuple
+
+import h11
+
+from kserve_lite.wire.events import (
+    Buffer,
+    ContinueWanted,
+    Data,
+    EndOfMessage,
+    Event,
+    Headers,
+    Outgoing,
+    RawHeaders,
+    Refusal,
+    Request,
+    Response,
+)
+from kserve_lite.wire.limits import FAST_HEAD_SIZE, FIRST_BODY_BUFFER, WireLimits
+
+STREAM = 1
+
+# Possessive quantifiers: a head that does not match fails in linear time. A field value
+# here is visible ASCII with single or several blanks inside, nothing else.
+_FAST_HEAD = re.compile(
+    rb"(GET|POST|HEAD|PUT|DELETE|PATCH|OPTIONS) (/[!-~]*+) HTTP/1\.1\r\n"
+    rb"((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[ \t]*+"
+    rb"(?:[!-~]++(?:[ \t]++[!-~]++)*+)?+[ \t]*+\r\n)++)\r\n"
+)
+_END_OF_HEAD = re.compile(rb"\n\r?\n")
+_REQUEST_LINE = re.compile(rb"[^\r\n]* HTTP/(\d+)\.(\d+)[ \t]*\r?\n")
+_LENGTH = re.compile(rb"[0-9]{1,15}")
+_NOT_FAST = frozenset((b"transfer-encoding", b"expect", b"upgrade"))
+
+_STATUS_LINE = {
+    status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode())
+    for status in HTTPStatus
+}
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class _State(enum.Enum):
+    HEAD = "waiting for a head, or inside one"
+    BODY = "inside a body of announced length"
+    CHUNKED = "inside a chunked body, which h11 reads"
+    ANSWERING = "a request is complete: nothing is parsed until next_cycle()"
+    CLOSED = "refused: whatever else arrives is dropped"
+
+
+class _Head(NamedTuple):
+    """What one head means for the messages that follow."""
+
+    request: Request
+    content_length: int
+    keep_alive: bool
+
+
+class Http1Connection:
+    """The server's side of one HTTP/1.1 connection.
+
+    `keep_alive` may be set to False at any time before the answer's head is sent: the
+    answer then carries `connection: close`.
+    """
+
+    def __init__(self, limits: WireLimits | None = None) -> None:
+        self.limits = limits or WireLimits()
+        self.keep_alive = True
+        self._state = _State.HEAD
+        self._buffer = bytearray()
+        self._scanned = 0
+        # Clients on a kept connection send the same head again and again: the last one
+        # is remembered, byte for byte, with its meaning.
+        self._last_bytes = b""
+        self._last_head: _Head | None = None
+        self._body = bytearray()
+        self._body_filled = 0
+        self._body_length = 0
+        self._referee: h11.Connection | None = None
+        self._chunked_size = 0
+        self._head_request = False
+        self._http10 = False
+        self._chunked_answer = False
+
+    @property
+    def between_messages(self) -> bool:
+        """Nothing of a next request has arrived."""
+        return self._state is _State.HEAD and not self._buffer
+
+    @property
+    def inside_body(self) -> bool:
+        """The head is complete and the body is not."""
+        return self._state is _State.BODY or self._state is _State.CHUNKED
+
+    @property
+    def surplus(self) -> int:
+        """Bytes kept for the next request while this one is being answered."""
+        return len(self._buffer)
+
+    def receive(self, data: Buffer) -> list[Event]:
+        """Take bytes that arrived; return what they complete, in order."""
+        if self._state is _State.CLOSED:
+            return []
+        if self._state is _State.CHUNKED:
+            return self._receive_chunked(data)
+        if self._state is _State.BODY:
+            return self._receive_body(data)
+        self._buffer += data
+        if self._state is _State.ANSWERING:
+            return []
+        return self._read_head()
+
+    def body_buffer(self) -> memoryview | None:
+        """Where the next bytes of an announced body belong; None: use `receive()`."""
+        if self._state is not _State.BODY:
+            return None
+        if self._body_filled == len(self._body):
+            # Doubling in place: extending by fresh zeros would hold them twice.
+            self._body *= 2
+            del self._body[self._body_length :]
+        return memoryview(self._body)[self._body_filled :]
+
+    def body_received(self, count: int) -> list[Event]:
+        """Say that `count` bytes were written into `body_buffer()`."""
+        self._body_filled += count
+        if self._body_filled < self._body_length:
+            return []
+        body, self._body = self._body, bytearray()
+        self._state = _State.ANSWERING
+        return [Data(STREAM, body), EndOfMessage(STREAM)]
+
+    def next_cycle(self) -> list[Event]:
+        """The answer is complete: go on with the next request (RFC 9112 9.3.2)."""
+        self._state = _State.HEAD
+        return self._read_head() if self._buffer else []
+
+    def refuse(self, status: int, reason: str) -> Refusal:
+        """Give the connection up: what arrives from here on is dropped."""
+        self._state = _State.CLOSED
+        self._buffer.clear()
+        self._body = bytearray()
+        self._referee = None
+        self.keep_alive = False
+        return Refusal(STREAM, status, reason)
+
+    def send(self, *events: Outgoing) -> list[Buffer]:
+        """Return the bytes of an answer's events, unjoined: tensors are not copied."""
+        out: list[Buffer] = []
+        for event in events:
+            if type(event) is Response:
+                out.append(self._answer_head(event))
+            elif type(event) is Data:
+                if self._head_request or not event.data:
+                    continue
+                if self._chunked_answer:
+                    out += (b"%x\r\n" % len(event.data), event.data, b"\r\n")
+                else:
+                    out.append(event.data)
+            elif self._chunked_answer and not self._head_request:
+                out.append(b"0\r\n\r\n")
+        return out
+
+    def _answer_head(self, response: Response) -> bytes:
+        headers = response.headers
+        parts = [_STATUS_LINE[response.status]]
+        for name, value in headers:
+            parts += (name, b": ", value, b"\r\n")
+        self._chunked_answer = False
+        if not any(name == b"content-length" for name, _ in headers):
+            if self._http10:
+                # RFC 9112 6.1: never chunked to HTTP/1.0; the close ends the body.
+                self.keep_alive = False
+            else:
+                self._chunked_answer = True
+                parts.append(b"transfer-encoding: chunked\r\n")
+        if not self.keep_alive:
+            parts.append(b"connection: close\r\n")
+        elif self._http10:
+            parts.append(b"connection: keep-alive\r\n")
+        parts.append(b"\r\n")
+        return b"".join(parts)
+
+    def _read_head(self) -> list[Event]:
+        buffer = self._buffer
+        while buffer[:2] == b"\r\n":  # RFC 9112 2.2: empty lines before a request line
+            del buffer[:2]
+        end = _END_OF_HEAD.search(buffer, max(0, self._scanned - 2))
+        if end is None:
+            self._scanned = len(buffer)
+            return self._unfinished_head()
+        self._scanned = 0
+        raw = bytes(buffer[: end.end()])
+        del buffer[: end.end()]
+        if len(raw) > self.limits.max_head_size:
+            return [self._head_too_large()]
+        if raw == self._last_bytes and self._last_head is not None:
+            return self._accept(self._last_head)
+        head = _fast_head(raw)
+        if head is None:
+            return self._ask_referee(raw)
+        self._last_bytes = raw
+        self._last_head = head
+        return self._accept(head)
+
+    def _unfinished_head(self) -> list[Event]:
+        buffer = self._buffer
+        if len(buffer) > self.limits.max_head_size:
+            return [self._head_too_large()]
+        line_end = buffer.find(b"\n")
+        # A TLS hello or other binary noise never becomes a request line: no waiting.
+        noise = bool(buffer) and not (0x21 <= buffer[0] <= 0x7E or buffer[0] == 13)
+        if noise or (line_end >= 0 and not _REQUEST_LINE.match(buffer)):
+            return [self._close_silently()]
+        return []
+
+    def _close_silently(self) -> Refusal:
+        refusal = self.refuse(400, "the first line is no HTTP/1.x request line")
+        return refusal._replace(status=None)
+
+    def _head_too_large(self) -> Refusal:
+        limit = self.limits.max_head_size
+        return self.refuse(
+            431, f"The request's head is larger than {limit} bytes (max_head_size)."
+        )
+
+    def _accept(self, head: _Head) -> list[Event]:
+        """A complete head without transfer coding: what follows has a known length."""
+        self._http10 = False
+        self._head_request = head.request.method == "HEAD"
+        self.keep_alive = head.keep_alive
+        length = head.content_length
+        if length == 0:
+            self._state = _State.ANSWERING
+            return [head.request, EndOfMessage(STREAM)]
+        buffer = self._buffer
+        if length > self.limits.max_body_size:
+            return [self._body_too_large(f"{length} bytes were announced")]
+        if len(buffer) >= length:
+            body = bytes(memoryview(buffer)[:length])
+            del buffer[:length]
+            self._state = _State.ANSWERING
+            return [head.request, Data(STREAM, body), EndOfMessage(STREAM)]
+        self._body = bytearray(min(length, max(FIRST_BODY_BUFFER, len(buffer))))
+        self._body[: len(buffer)] = buffer
+        self._body_filled = len(buffer)
+        self._body_length = length
+        buffer.clear()
+        self._state = _State.BODY
+        return [head.request]
+
+    def _receive_body(self, data: Buffer) -> list[Event]:
+        """The copying twin of `body_buffer()`, for owners without direct reads."""
+        events: list[Event] = []
+        rest = memoryview(data)
+        while rest and (target := self.body_buffer()) is not None:
+            count = min(len(target), len(rest))
+            target[:count] = rest[:count]
+            target.release()
+            rest = rest[count:]
+            events += self.body_received(count)
+        self._buffer += rest
+        return events
+
+    def _body_too_large(self, came: str) -> Refusal:
+        limit = self.limits.max_body_size
+        return self.refuse(
+            413, f"The body may have {limit} bytes (max_body_size); {came}."
+        )
+
+    def _ask_referee(self, raw: bytes) -> list[Event]:
+        line = _REQUEST_LINE.match(raw)
+        if line is None:
+            return [self._close_silently()]
+        if line[1] != b"1":
+            return [self.refuse(505, "The HTTP version must be 1.0 or 1.1.")]
+        referee = h11.Connection(
+            h11.SERVER, max_incomplete_event_size=self.limits.max_head_size
+        )
+        try:
+            referee.receive_data(raw)
+            request = referee.next_event()
+        except h11.RemoteProtocolError as error:
+            return [self._refuse_as(error)]
+        if not isinstance(request, h11.Request):
+            return [self.refuse(400, "The request's head is not valid HTTP/1.1.")]
+        return self._accept_unusual(request, referee)
+
+    def _refuse_as(self, error: h11.RemoteProtocolError) -> Refusal:
+        # h11's own texts quote the request; the status is enough to word ours.
+        status = error.error_status_hint
+        if status == 431:
+            return self._head_too_large()
+        if status == 501:
+            return self.refuse(501, "The only transfer coding served is chunked.")
+        part = "body" if self._state is _State.CHUNKED else "head"
+        return self.refuse(status, f"The request's {part} is not valid HTTP/1.1.")
+
+    def _accept_unusual(
+        self, request: h11.Request, referee: h11.Connection
+    ) -> list[Event]:
+        raw: RawHeaders = tuple((bytes(n), bytes(v)) for n, v in request.headers)
+        names = [name for name, _ in raw]
+        chunked = b"transfer-encoding" in names
+        http10 = request.http_version < b"1.1"
+        if chunked and (b"content-length" in names or http10):
+            # RFC 9112 6.1: two framings, or one that HTTP/1.0 does not have, are how
+            # requests are smuggled past a proxy.
+            return [
+                self.refuse(400, "A request is framed by content-length or chunked.")
+            ]
+        expect = next((value for name, value in raw if name == b"expect"), None)
+        if expect is not None and expect.lower() != b"100-continue":
+            return [self.refuse(417, "The only expectation served is 100-continue.")]
+        head = _Head(
+            Request(
+                STREAM, request.method.decode(), request.target.decode(), Headers(raw)
+            ),
+            next((int(v) for n, v in raw if n == b"content-length"), 0),
+            _keeps_alive(raw, http10),
+        )
+        body_has_begun = bool(self._buffer)
+        if chunked:
+            self._referee = referee
+            self._chunked_size = 0
+            self._state = _State.CHUNKED
+            self._head_request = head.request.method == "HEAD"
+            self.keep_alive = head.keep_alive
+            self._http10 = False
+            kept = bytes(self._buffer)
+            self._buffer.clear()
+            events: list[Event] = [head.request]
+            events += self._receive_chunked(kept) if kept else []
+        else:
+            events = self._accept(head)
+            self._http10 = http10
+        if expect and not http10 and self.inside_body and not body_has_begun:
+            events.append(ContinueWanted(STREAM))
+        return events
+
+    def _receive_chunked(self, data: Buffer) -> list[Event]:
+        referee = self._referee
+        events: list[Event] = []
+        if referee is None:
+            return events
+        try:
+            referee.receive_data(bytes(data))
+            while True:
+                event = referee.next_event()
+                if isinstance(event, h11.Data):
+                    self._chunked_size += len(event.data)
+                    if self._chunked_size > self.limits.max_body_size:
+                        events.append(self._body_too_large("more than that came"))
+                        return events
+                    events.append(Data(STREAM, event.data))
+                elif isinstance(event, h11.EndOfMessage):
+                    self._buffer += referee.trailing_data[0]
+                    self._referee = None
+                    self._state = _State.ANSWERING
+                    events.append(EndOfMessage(STREAM))
+                    return events
+                else:
+                    return events
+        except h11.RemoteProtocolError as error:
+            events.append(self._refuse_as(error))
+            return events
+
+
+def _fast_head(raw: bytes) -> _Head | None:
+    """Read a head by the strict grammar; None: leave it to the referee."""
+    if len(raw) > FAST_HEAD_SIZE:
+        return None
+    match = _FAST_HEAD.fullmatch(raw)
+    if match is None:
+        return None
+    headers = []
+    length = 0
+    hosts = lengths = 0
+    for line in match[3][:-2].split(b"\r\n"):
+        name, _, value = line.partition(b":")
+        name = name.lower()
+        value = value.strip(b" \t")
+        if name in _NOT_FAST:
+            return None
+        if name == b"content-length":
+            lengths += 1
+            if not _LENGTH.fullmatch(value):
+                return None
+            length = int(value)
+        elif name == b"host":
+            hosts += 1
+        headers.append((name, value))
+    if hosts != 1 or lengths > 1:
+        return None
+    raw_headers = tuple(headers)
+    request = Request(
+        STREAM, match[1].decode(), match[2].decode(), Headers(raw_headers)
+    )
+    return _Head(request, length, _keeps_alive(raw_headers, http10=False))
+
+
+def _keeps_alive(raw: RawHeaders, http10: bool) -> bool:
+    """RFC 9112 9.3: HTTP/1.1 stays open unless told otherwise, HTTP/1.0 closes."""
+    options = {
+        option.strip().lower()
+        for name, value in raw
+        if name == b"connection"
+        for option in value.split(b",")
+    }
+    if b"close" in options:
+        return False
+    return not http10 or b"keep-alive" in options
