@@ -1,0 +1,107 @@
+"""What the machine says: versions, memory of a process, and processor time.
+
+Everything is read from /proc and from the programs themselves, so Linux only. Nothing
+here knows of cases or rounds; compare.py asks before and after each of them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import resource
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, cast
+
+PACKAGES = ("kserve", "uvicorn", "fastapi", "starlette", "pydantic", "uvloop")
+TRANSPORT = ("httptools", "h11", "anyio", "orjson", "numpy")
+EXTENSIONS = ("uvloop", "httptools", "orjson")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def versions(python: Path) -> dict[str, str]:
+    script = (
+        "import importlib.metadata as m, json, platform, sys\n"
+        "found = {'python': platform.python_version()}\n"
+        "for name in sys.argv[1:]:\n"
+        "    try: found[name] = m.version(name)\n"
+        "    except m.PackageNotFoundError: pass\n"
+        "print(json.dumps(found))"
+    )
+    argv = [str(python), "-c", script, *PACKAGES, *TRANSPORT]
+    return cast(dict[str, str], json.loads(subprocess.check_output(argv)))
+
+
+def output_of(*argv: str) -> str:
+    """The first line that a command prints; of two streams, the one with text."""
+    result = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, check=False)
+    return (result.stdout or result.stderr).strip().partition("\n")[0]
+
+
+def facts(lite_python: Path, kserve_python: Path) -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    models = [line for line in cpuinfo.splitlines() if line.startswith("model name")]
+    commit = output_of("git", "describe", "--always", "--abbrev=12")
+    changed = output_of("git", "status", "--porcelain", "kserve_lite") != ""
+    commit = "not committed" if commit.startswith("fatal") else f"git {commit}"
+    lite = versions(lite_python)
+    lite["kserve-lite"] = commit + (" with uncommitted changes" if changed else "")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "cpu": models[0].partition(":")[2].strip() if models else "unknown",
+            "cores": len(os.sched_getaffinity(0)),
+            "kernel": platform.release(),
+        },
+        "versions": {
+            "wrk": output_of("wrk", "-v").partition(" Copyright")[0],
+            "kserve-lite's environment": lite,
+            "kserve's environment": versions(kserve_python),
+        },
+    }
+
+
+def memory(pid: int, key: str) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    lines = (line.split() for line in status.splitlines())
+    return next(int(line[1]) for line in lines if line[0] == f"{key}:")
+
+
+def mapped_extensions(pid: int) -> list[str]:
+    maps = Path(f"/proc/{pid}/maps").read_text()
+    return [name for name in EXTENSIONS if f"/{name}/" in maps]
+
+
+def server_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def machine_seconds() -> float:
+    """Busy time of all cores, and what the host took from them (steal)."""
+    busy = Path("/proc/stat").read_text().split()
+    ticks = sum(int(busy[at]) for at in (1, 2, 3, 6, 7, 8))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def wrk_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def seconds(pid: int) -> tuple[float, float, float, float]:
+    """Now, and the processor time of a server, of finished children, of the machine."""
+    return time.monotonic(), server_seconds(pid), wrk_seconds(), machine_seconds()
+
+
+def wait_until_quiet(limit: float, cores: float) -> None:
+    """Return once everything here took under `cores` for a second, or after `limit`."""
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        before = machine_seconds()
+        time.sleep(1.0)
+        if machine_seconds() - before < cores:
+            return

@@ -1,0 +1,89 @@
+"""The KServe side of the comparison: `serve_kserve.py HANDLER --port N [--uvloop]`.
+
+Runs in bench/.kserve-venv. KServe is set up to be measured at its best: no gRPC
+server, no latency log, no access log, log level WARNING (KSERVE_LOGLEVEL, set by
+compare.py). Two things are patched, neither on the path of a request except to take
+work away: the host, which KServe 0.21 fixes to 0.0.0.0, and uvicorn's access log.
+
+`--uvloop` exists because KServe 0.21 awaits uvicorn inside its own `asyncio.run`, so
+that in one process its `--event-loop` option has no effect and it runs on asyncio's
+own loop. A policy set beforehand gives it uvloop all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from typing import Any
+
+import kserve  # type: ignore[import-not-found]
+import numpy as np
+import uvicorn  # type: ignore[import-not-found]
+from kserve.protocol.rest import server  # type: ignore[import-not-found]
+
+
+class LoopbackConfig(uvicorn.Config):  # type: ignore[misc]
+    """uvicorn's settings with the two that KServe offers no way to choose."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.update(host="127.0.0.1", access_log=False)
+        super().__init__(*args, **kwargs)
+
+
+class Base(kserve.Model):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__("echo")
+        self.ready = True
+
+
+class Echo(Base):
+    async def predict(self, payload: dict[str, Any], headers: Any = None) -> Any:
+        return {"predictions": payload["instances"]}
+
+
+class EchoSync(Base):
+    def predict(self, payload: dict[str, Any], headers: Any = None) -> Any:
+        return {"predictions": payload["instances"]}
+
+
+class Tensor(Base):
+    async def predict(self, payload: Any, headers: Any = None) -> Any:
+        x = payload.inputs[0].as_numpy()
+        out = kserve.InferOutput("output-0", list(x.shape), "FP32")
+        out.set_data_from_numpy(x, binary_data=False)
+        return kserve.InferResponse(payload.id, self.name, [out])
+
+
+class Image(Base):
+    async def predict(self, payload: dict[str, Any], headers: Any = None) -> Any:
+        x = np.array(payload["instances"], dtype=np.float32)
+        return {"predictions": x.mean(axis=(1, 2, 3)).tolist()}
+
+
+HANDLERS = {"echo": Echo, "echo_sync": EchoSync, "tensor": Tensor, "image": Image}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("handler", choices=HANDLERS)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--uvloop", action="store_true")
+    options = parser.parse_args()
+    if options.uvloop:
+        # Only here: compare.py tells from the mapped files who runs on uvloop.
+        import uvloop
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+        # KServe asks for a current loop before it runs one; this policy makes none.
+        asyncio.set_event_loop(asyncio.new_event_loop())
+    server.uvicorn.Config = LoopbackConfig
+    kserve.ModelServer(
+        http_port=options.port,
+        workers=1,
+        enable_grpc=False,
+        enable_latency_logging=False,
+    ).start([HANDLERS[options.handler]()])
+
+
+if __name__ == "__main__":
+    main()

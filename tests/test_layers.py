@@ -1,0 +1,146 @@
+"""The house rule: a module imports only from lower layers or its own folder.
+
+Imports under `TYPE_CHECKING` count. Third-party packages may appear only where the
+table says, and heavy ones only inside functions.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "kserve_lite"
+
+# The longest prefix of a module's name counts.
+LAYERS = {
+    "kserve_lite": 9,
+    "kserve_lite.version": 0,
+    "kserve_lite.errors": 0,
+    "kserve_lite.wire": 1,
+    "kserve_lite.tensors": 1,
+    "kserve_lite.messages": 1,
+    "kserve_lite.codecs": 2,
+    "kserve_lite.handlers": 3,
+    "kserve_lite.model": 3,
+    "kserve_lite.registry": 3,
+    "kserve_lite.dispatch": 4,
+    "kserve_lite.rest": 5,
+    "kserve_lite.transports": 6,
+    "kserve_lite.server": 7,
+    "kserve_lite.cli": 8,
+    "kserve_lite.__main__": 9,
+}
+# Modules of one layer that stand side by side import in this order only.
+ORDER = [
+    "kserve_lite.tensors",
+    "kserve_lite.messages",
+    "kserve_lite.handlers",
+    "kserve_lite.model",
+    "kserve_lite.registry",
+]
+
+THIRD_PARTY = {
+    "anyio": {"kserve_lite.dispatch", "kserve_lite.transports", "kserve_lite.server"},
+    "h11": {"kserve_lite.wire"},
+    "orjson": {"kserve_lite.codecs", "kserve_lite.rest"},
+    "simdjson": {"kserve_lite.codecs"},
+    "numpy": {
+        "kserve_lite.tensors",
+        "kserve_lite.messages",
+        "kserve_lite.codecs",
+        "kserve_lite.dispatch",
+    },
+    "ml_dtypes": {"kserve_lite.tensors"},
+    "torch": {"kserve_lite.tensors"},
+}
+# These cost time and memory: imported where used, or for types only.
+LATE = {"numpy", "simdjson", "ml_dtypes", "torch"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found[name] = path
+    return found
+
+
+def layer_of(module: str) -> tuple[int, str]:
+    """The layer of a module, and the entry of `LAYERS` that says so."""
+    prefix = module
+    while prefix not in LAYERS:
+        prefix = prefix.rpartition(".")[0]
+    return LAYERS[prefix], prefix
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[str, bool]]:
+    """Every imported module, and whether the import runs when the module does."""
+    late = {
+        id(node)
+        for scope in ast.walk(tree)
+        if isinstance(scope, (ast.FunctionDef, ast.AsyncFunctionDef))
+        or (isinstance(scope, ast.If) and "TYPE_CHECKING" in ast.dump(scope.test))
+        for node in ast.walk(scope)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) not in late
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module or "", id(node) not in late
+            if (node.module or "").startswith("kserve_lite"):
+                for alias in node.names:
+                    if f"{node.module}.{alias.name}" in modules():
+                        yield f"{node.module}.{alias.name}", id(node) not in late
+
+
+def may_import(importer: str, imported: str) -> bool:
+    own_layer, own = layer_of(importer)
+    layer, other = layer_of(imported)
+    if own == other:
+        return True
+    if layer == own_layer and own in ORDER and other in ORDER:
+        return ORDER.index(other) < ORDER.index(own)
+    # A package's own __init__ is what makes its modules importable at all.
+    return layer < own_layer or imported == "kserve_lite"
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_point_down(module: str) -> None:
+    tree = ast.parse(modules()[module].read_text())
+    for imported, _ in imports(tree):
+        if imported.split(".")[0] == "kserve_lite":
+            assert may_import(module, imported), f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("module", modules())
+def test_third_party_packages_stay_where_they_belong(module: str) -> None:
+    tree = ast.parse(modules()[module].read_text())
+    for imported, at_once in imports(tree):
+        package = imported.split(".")[0]
+        if package == "kserve_lite" or package in sys.stdlib_module_names:
+            continue
+        assert package in THIRD_PARTY, f"{module} imports {package}"
+        places = THIRD_PARTY[package]
+        assert any(f"{module}.".startswith(f"{place}.") for place in places), (
+            f"{module} imports {package}, which belongs to {places}"
+        )
+        assert not (package in LATE and at_once), f"{module} imports {package} early"
+
+
+def test_the_rule_bites() -> None:
+    assert not may_import("kserve_lite.wire.http1", "kserve_lite.rest.routes")
+    assert not may_import("kserve_lite.tensors", "kserve_lite.messages")
+    assert not may_import("kserve_lite.wire.http1", "kserve_lite.tensors")
+    assert may_import("kserve_lite.rest.routes", "kserve_lite.wire.events")
+
+
+def test_every_layer_is_real() -> None:
+    for prefix in LAYERS:
+        assert prefix in modules(), f"{prefix} is in the table and not in the package"
