@@ -31,8 +31,10 @@ def draw(title: str, note: str, bars: Sequence[Bar]) -> str:
     height = TOP + ROW * len(bars) + 16
     scale = (WIDTH - LEFT - RIGHT) / max(bar.high for bar in bars)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
-        f'width="{WIDTH}" height="{height}" role="img">',
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+            f'width="{WIDTH}" height="{height}" role="img">'
+        ),
         f"<title>{escape(title)}</title><style>{STYLE}</style>",
         '<rect width="100%" height="100%" fill="#fff"/>',
         f'<text x="16" y="26">{escape(title)}</text>',
@@ -44,10 +46,14 @@ def draw(title: str, note: str, bars: Sequence[Bar]) -> str:
         kind = "bar first" if index == 0 else "bar"
         middle = y + 14
         parts += [
-            f'<text x="{LEFT - 10}" y="{y + 19}" text-anchor="end">'
-            f"{escape(bar.label)}</text>",
-            f'<rect x="{LEFT}" y="{y}" width="{end - LEFT:.1f}" height="28" '
-            f'class="{kind}"/>',
+            (
+                f'<text x="{LEFT - 10}" y="{y + 19}" text-anchor="end">'
+                f"{escape(bar.label)}</text>"
+            ),
+            (
+                f'<rect x="{LEFT}" y="{y}" width="{end - LEFT:.1f}" height="28" '
+                f'class="{kind}"/>'
+            ),
             f'<line x1="{low:.1f}" y1="{middle}" x2="{high:.1f}" y2="{middle}"/>',
             f'<text x="{high + 8:.1f}" y="{y + 19}">{bar.value:,.0f}</text>',
         ]

@@ -112,9 +112,12 @@ def started(contender: Contender, case: Case, logs: Path) -> Iterator[Server]:
         port = int(probe.getsockname()[1])
     filled = [part.format(handler=case.handler, port=port) for part in contender.argv]
     argv = [str(contender.python), str(HERE / filled[0]), *filled[1:]]
-    env = dict(os.environ, KSERVE_LOGLEVEL="WARNING")
+    # kserve-lite reads these two of KServe's variables as well, and must not here.
+    env = {k: v for k, v in os.environ.items() if k not in ("KSERVE_LOGLEVEL", "PORT")}
     if contender.name == "kserve-lite":
         env["PYTHONPATH"] = str(ROOT)
+    else:
+        env["KSERVE_LOGLEVEL"] = "WARNING"
     log = logs / f"{contender.name}.log"
     begin = time.monotonic()
     with log.open("wb") as sink:

@@ -32,7 +32,7 @@ def versions(python: Path) -> dict[str, str]:
         "print(json.dumps(found))"
     )
     argv = [str(python), "-c", script, *PACKAGES, *TRANSPORT]
-    return cast(dict[str, str], json.loads(subprocess.check_output(argv)))
+    return cast("dict[str, str]", json.loads(subprocess.check_output(argv)))
 
 
 def output_of(*argv: str) -> str:

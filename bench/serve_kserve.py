@@ -16,13 +16,13 @@ import argparse
 import asyncio
 from typing import Any
 
-import kserve  # type: ignore[import-not-found]
+import kserve  # type: ignore[import-not-found, unused-ignore]
 import numpy as np
-import uvicorn  # type: ignore[import-not-found]
-from kserve.protocol.rest import server  # type: ignore[import-not-found]
+import uvicorn  # type: ignore[import-not-found, unused-ignore]
+from kserve.protocol.rest import server  # type: ignore[import-not-found, unused-ignore]
 
 
-class LoopbackConfig(uvicorn.Config):  # type: ignore[misc]
+class LoopbackConfig(uvicorn.Config):  # type: ignore[misc, unused-ignore]
     """uvicorn's settings with the two that KServe offers no way to choose."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -30,7 +30,7 @@ class LoopbackConfig(uvicorn.Config):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
 
 
-class Base(kserve.Model):  # type: ignore[misc]
+class Base(kserve.Model):  # type: ignore[misc, unused-ignore]
     def __init__(self) -> None:
         super().__init__("echo")
         self.ready = True
@@ -71,7 +71,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.uvloop:
         # Only here: compare.py tells from the mapped files who runs on uvloop.
-        import uvloop
+        import uvloop  # noqa: PLC0415
 
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
         # KServe asks for a current loop before it runs one; this policy makes none.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import numpy as np
+
 from kserve_lite import Model, TensorSpec, run
 
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]

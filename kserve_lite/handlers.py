@@ -25,7 +25,7 @@ from kserve_lite.tensors import TensorSpec
 Function = Callable[..., Any]
 
 
-class Stage(enum.Enum):
+class Stage(enum.StrEnum):
     """The handlers that a model may have. Values are the decorators' names."""
 
     LOAD = "load"

@@ -11,12 +11,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack
 
 from kserve_lite.errors import ModelDefinitionError
 from kserve_lite.handlers import Function, Handler, Stage, read_handler
 from kserve_lite.tensors import TensorSpec
 
+Plan: TypeAlias = tuple[Handler, ...]
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_MODEL_DIR = Path("/mnt/models")
@@ -85,6 +86,8 @@ class Model:
         self.model_dir = DEFAULT_MODEL_DIR
         self.phase = Phase.DEFINED
         self._handlers: dict[Stage, Handler] = {}
+        self.is_checked = False
+        self._plans: dict[Stage, Plan] = {}
         self._state: Any = None
         given: dict[str, Any] = dict(handlers)
         for stage_name, function in given.items():
@@ -136,17 +139,27 @@ class Model:
     def handler(self, stage: Stage) -> Handler | None:
         return self._handlers.get(stage)
 
-    def entry(self, verb: Stage) -> Handler:
-        """The handler that gets a request first; `verb` is PREDICT or EXPLAIN."""
-        first = self._handlers.get(Stage.PREPROCESS)
-        return first if first is not None else self._handlers[verb]
+    def plan(self, verb: Stage) -> Plan:
+        """The handlers that a request runs through; `verb` is PREDICT or EXPLAIN.
+
+        Empty where the model does not have that verb.
+        """
+        known = self._plans.get(verb)
+        if known is not None:
+            return known
+        if verb not in self._handlers:
+            return ()
+        stages = (Stage.PREPROCESS, verb, Stage.POSTPROCESS)
+        plan = tuple(self._handlers[s] for s in stages if s in self._handlers)
+        if self.phase is not Phase.DEFINED:
+            self._plans[verb] = plan
+        return plan
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The declared inputs, named; empty where the annotations declare none."""
-        if Stage.PREDICT not in self._handlers:
-            return ()
-        tensors = self.entry(Stage.PREDICT).tensors
+        plan = self.plan(Stage.PREDICT)
+        tensors = plan[0].tensors if plan else ()
         return tuple(
             TensorSpec(t.spec.datatype, t.spec.shape, t.spec.name or t.name)
             for t in tensors
@@ -156,10 +169,8 @@ class Model:
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """The declared outputs, named; empty where the annotations declare none."""
-        last = self._handlers.get(Stage.POSTPROCESS) or self._handlers.get(
-            Stage.PREDICT
-        )
-        specs = last.outputs if last else ()
+        plan = self.plan(Stage.PREDICT)
+        specs = plan[-1].outputs if plan else ()
         return tuple(
             TensorSpec(spec.datatype, spec.shape, spec.name or f"output-{index}")
             for index, spec in enumerate(specs)
@@ -201,6 +212,7 @@ class Model:
                 "one of each; remove one, or make a second Model."
             )
         self._handlers[stage] = read_handler(stage, function)
+        self.is_checked |= stage is Stage.READY
         return function
 
     def __repr__(self) -> str:

@@ -13,6 +13,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._models: dict[str, dict[str | None, Model]] = {}
+        self._newest: dict[str, Model] = {}
 
     def add(self, model: Model) -> None:
         """Add a model; raise ModelDefinitionError if name and version are taken."""
@@ -23,6 +24,7 @@ class Registry:
                 "one another name, or another version."
             )
         versions[model.version] = model
+        self._newest[model.name] = versions[max(versions, key=_age)]
 
     def get(self, name: str, version: str | None = None) -> Model:
         """Return the model; without a version the newest one of that name.
@@ -30,14 +32,12 @@ class Registry:
         Versions that are numbers are newer than others and ordered as numbers. Raises
         ModelNotFound.
         """
-        versions = self._models.get(name)
-        if versions is None:
+        newest = self._newest.get(name)
+        if newest is None:
             raise ModelNotFound(name)
         if version is None:
-            if len(versions) == 1:
-                return next(iter(versions.values()))
-            return versions[max(versions, key=_age)]
-        model = versions.get(version)
+            return newest
+        model = self._models[name].get(version)
         if model is None:
             raise ModelNotFound(name, version)
         return model

@@ -32,6 +32,8 @@ FAST_BODY_SIZE = 8 * 1024
 # numpy holds 64 dimensions and Python's stack some hundred nested calls; no model's
 # tensor comes near either.
 MAX_DIMENSIONS = 32
+_OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Lane(Protocol):
@@ -152,18 +154,27 @@ class _FastLane:
 
         if isinstance(node, list):
             cells = [self._cell(element, datatype, name) for element in node]
-            if all(isinstance(cell, np.ndarray) for cell in cells):
-                if len({(cell.shape, cell.dtype) for cell in cells}) != 1:
-                    raise _Odd
-                return np.stack(cells)
-            return to_array(cells, datatype, name)
-        if not isinstance(node, self._array_type):
+            looks = {
+                (cell.shape, cell.dtype) if isinstance(cell, np.ndarray) else None
+                for cell in cells
+            }
+            if looks == {None}:
+                return to_array(cells, datatype, name)
+            if len(looks) != 1:
+                raise _Odd
+            array = np.stack(cells)
+        elif isinstance(node, self._array_type):
+            shape = self._shape(node)
+            array = self._numbers(node, datatype)
+            if array.size != element_count(shape):
+                raise _Odd
+            array = array.reshape(shape)
+        else:
             raise _Odd
-        shape = self._shape(node)
-        array = self._numbers(node, datatype)
-        if array.size != element_count(shape):
+        # What has no elements has no type of its own: the referee says which it gets.
+        if not array.size or array.ndim > MAX_DIMENSIONS:
             raise _Odd
-        return array.reshape(shape)
+        return array
 
     def _cell(self, node: object, datatype: str | None, name: str) -> Any:
         if isinstance(node, self._array_type):
@@ -211,10 +222,12 @@ def _read_fast(body: Body, build: Callable[[Any, Lane], T]) -> T:
 
     if isinstance(body, memoryview):
         body = bytes(body)
+    if body.startswith(_BYTE_ORDER_MARK):  # simdjson skips it, RFC 8259 8.1 forbids it
+        raise _Odd
     lane = _FastLane(simdjson)
     try:
         result = build(simdjson.Parser().parse(body), lane)
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, LookupError, RuntimeError):
         # simdjson's words for everything from malformed JSON to a string among
         # numbers; the referee says which it is.
         raise _Odd from None
@@ -288,8 +301,9 @@ def _cast(array: np.ndarray, datatype: str, name: str) -> np.ndarray:
     if kind == "float":
         return _narrow_float(array, datatype, name)
     if came == "f":
+        # From 2**53 on a double may stand for another integer than the one sent.
         whole = np.isfinite(array).all() and (array == np.floor(array)).all()
-        if not whole or (np.abs(array) >= 2.0**63).any():
+        if not whole or (np.abs(array) >= 2.0**53).any():
             raise _not_held(name, datatype, "numbers that are no integers in range")
         array = array.astype(np.int64)
     return _narrow_int(array, datatype, name)
@@ -349,7 +363,7 @@ _JSON_NAMES = {
 
 
 def _names(kinds: set[type]) -> str:
-    return " and ".join(sorted({_JSON_NAMES[kind] for kind in kinds}))
+    return " and ".join(sorted({_JSON_NAMES.get(k, k.__name__) for k in kinds}))
 
 
 def _bytes_array(values: list[Any], name: str) -> np.ndarray:
@@ -393,11 +407,7 @@ def dumps(value: object) -> bytes:
 
     Raises TypeError for what JSON cannot say (bytes, sets, integers over 64 bits).
     """
-    return orjson.dumps(
-        value,
-        default=_unusual,
-        option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY,
-    )
+    return orjson.dumps(value, _unusual, _OPTIONS)
 
 
 def _unusual(value: Any) -> Any:

@@ -27,7 +27,11 @@ def decode(body: Body) -> Any:
     Raises InvalidInput for malformed JSON and for `instances` that are no list.
     """
     value = loads(body)
-    if isinstance(value, dict) and not isinstance(value.get("instances", []), list):
+    if (
+        type(value) is dict
+        and "instances" in value
+        and type(value["instances"]) is not list
+    ):
         raise InvalidInput('Expected "instances" to be a list')
     return value
 

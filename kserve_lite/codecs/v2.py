@@ -11,13 +11,23 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kserve_lite.codecs.json_tensors import Body, Lane, dumps, read, strings, to_array
+from kserve_lite.codecs.json_tensors import (
+    MAX_DIMENSIONS,
+    Body,
+    Lane,
+    dumps,
+    read,
+    strings,
+    to_array,
+)
 from kserve_lite.errors import InvalidInput
 from kserve_lite.messages import InferRequest, InferResponse, RequestedOutput
 from kserve_lite.tensors import (
     DATATYPES,
     Parameters,
     Tensor,
+    as_numpy,
+    datatype_of,
     describe,
     element_count,
 )
@@ -86,8 +96,14 @@ def _tensor(node: Any, lane: Lane, index: int, model_name: str) -> Tensor:
             f"Input '{name}' of shape {describe(datatype, shape)} must have "
             f"{element_count(shape)} elements, got {array.size}."
         )
+    try:
+        array = array.reshape(shape)
+    except ValueError:  # no elements, and sizes whose product numpy cannot hold
+        raise InvalidInput(
+            f"Input '{name}': no tensor can have the shape {describe(datatype, shape)}."
+        ) from None
     parameters = _parameters(members, lane, f"input '{name}'")
-    return Tensor(name, array.reshape(shape), datatype, parameters)
+    return Tensor(name, array, datatype, parameters)
 
 
 def _is_word(text: object) -> bool:
@@ -101,12 +117,17 @@ def _shape(node: Any, lane: Lane, name: str) -> tuple[int, ...]:
     for size in (None,) if sizes is None else sizes:
         # Some clients of KServe send the numbers as strings.
         if isinstance(size, str) and size.isascii() and size.isdecimal():
-            size = int(size[:20])
-        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            size = int(size) if len(size) < 20 else None
+        if type(size) is not int or not 0 <= size < 2**63:
             raise InvalidInput(
                 f"Input '{name}' must have a \"shape\", a list of numbers from 0 up."
             )
         shape.append(size)
+    if len(shape) > MAX_DIMENSIONS:
+        raise InvalidInput(
+            f"Input '{name}' may have at most {MAX_DIMENSIONS} dimensions, "
+            f"got {len(shape)}."
+        )
     return tuple(shape)
 
 
@@ -190,10 +211,16 @@ def response_of(value: dict[str, Any]) -> InferResponse:
         try:
             name, shape = output["name"], output["shape"]
             datatype, data = output["datatype"].upper(), output["data"]
-            array = to_array(data, datatype, name) if isinstance(data, list) else data
-            array = array.reshape(shape)
+            array = _stated(data, datatype, name).reshape(shape)
             parameters = output.get("parameters") or {}
-        except (KeyError, TypeError, AttributeError, InvalidInput) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            OverflowError,
+            AttributeError,
+            InvalidInput,
+        ) as error:
             raise ValueError(f"outputs[{index}] of the answer: {error!r}") from error
         tensors.append(Tensor(name, array, datatype, parameters))
     version = value.get("model_version")
@@ -204,3 +231,13 @@ def response_of(value: dict[str, Any]) -> InferResponse:
         model_version=None if version is None else str(version),
         parameters=value.get("parameters") or {},
     )
+
+
+def _stated(data: Any, datatype: str, name: str) -> np.ndarray:
+    """The data of an output as an array of the datatype that the output states."""
+    if not isinstance(data, list):
+        array = as_numpy(data)
+        if datatype_of(array) == datatype:
+            return array
+        data = array.reshape(-1).tolist()
+    return to_array(data, datatype, name)

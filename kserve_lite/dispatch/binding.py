@@ -37,13 +37,17 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+# Globals, since reading a member off its class costs 0.12 us in Python 3.11.
+_JSON, _TENSORS = Form.JSON, Form.TENSORS
+
+
 def request_arguments(handler: Handler, payload: Any) -> dict[str, Any] | tuple[Any]:
     """Turn a request's payload into the arguments of the handler that gets it first.
 
     A dict names several tensors, a tuple holds the one payload. Raises InvalidInput
     where names, datatypes or shapes are not what the handler declares.
     """
-    if handler.form is not Form.TENSORS:
+    if handler.form is not _TENSORS:
         return (payload,)
     request: InferRequest = payload
     parameters = handler.tensors
@@ -122,9 +126,11 @@ def answer_of(
     Raises TypeError or ValueError for what the protocol cannot say, InvalidInput for
     requested outputs that the model does not have.
     """
+    is_v1 = context.protocol == "v1"
+    if is_v1 and form is _JSON and type(result) is dict:
+        return JsonAnswer(result)
     if isinstance(result, (bytes, bytearray, memoryview)):
         return RawAnswer(bytes(result))
-    is_v1 = context.protocol == "v1"
     response = _response(result, model, form, is_v1)
     if response is None:
         if is_v1:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import orjson
 
 from kserve_lite.errors import InferenceFault, Kind, ModelFailed
-from kserve_lite.wire.events import Buffer, RawHeaders
+from kserve_lite.wire.events import RawHeaders
 
 # Total over the kinds; 499 is nginx's "client closed request", seen in logs only.
 STATUS: dict[Kind, int] = {
@@ -31,7 +31,7 @@ class Reply(NamedTuple):
 
     status: int
     headers: RawHeaders
-    body: Buffer | AsyncGenerator[bytes, None]
+    body: bytes | AsyncGenerator[bytes, None]
 
 
 def json_reply(body: bytes, status: int = 200, headers: RawHeaders = ()) -> Reply:

@@ -67,15 +67,23 @@ class Match(NamedTuple):
 _REMEMBERED_LENGTH = 256
 
 
-def match(path: str) -> dict[str, Match]:
-    """Return what a raw path (no query) leads to, by method; empty: no such path."""
-    if len(path) <= _REMEMBERED_LENGTH:
-        return _remembered(path)
-    return _match(path)
+def match(target: str) -> dict[str, Match]:
+    """Return what a request target leads to, by method; empty: no such path."""
+    if len(target) <= _REMEMBERED_LENGTH:
+        return _remembered(target)
+    return _match(target)
 
 
-def _match(path: str) -> dict[str, Match]:
-    segments = path.split("/")
+def origin_form(target: str) -> str:
+    """The path and query of a target in absolute form (RFC 9112 section 3.2.2)."""
+    scheme, separator, rest = target.partition("://")
+    if separator and scheme.lower() in ("http", "https"):
+        return "/" + rest.partition("/")[2]
+    return target
+
+
+def _match(target: str) -> dict[str, Match]:
+    segments = origin_form(target).partition("?")[0].split("/")
     found: dict[str, Match] = {}
     for route in ROUTES:
         values = _fit(route.pattern.split("/"), segments)

@@ -33,7 +33,7 @@ def curl_line(model: Model, url: str) -> str:
 
 
 def _example(model: Model) -> str | None:
-    entry = model.entry(Stage.PREDICT)
+    entry = model.plan(Stage.PREDICT)[0]
     inputs = model.inputs
     if entry.form is not Form.TENSORS or len(inputs) != len(entry.tensors):
         return None

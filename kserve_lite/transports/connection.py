@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 import anyio
 
 from kserve_lite.rest.replies import error_reply
-from kserve_lite.transports.exchange import events_of, exchange
+from kserve_lite.transports.exchange import exchange, sent_headers
 from kserve_lite.transports.timeouts import HALF_CLOSED, LINGER, MIN_RATE
 from kserve_lite.wire.events import (
     Buffer,
@@ -28,6 +28,7 @@ from kserve_lite.wire.events import (
     Outgoing,
     Refusal,
     Request,
+    Response,
 )
 from kserve_lite.wire.http1 import CONTINUE, STREAM, Http1Connection
 
@@ -41,15 +42,19 @@ log = logging.getLogger("kserve_lite")
 JOIN_SIZE = 64 * 1024
 
 
-class _Phase(enum.Enum):
+class _Phase(enum.IntEnum):
     """What the connection waits for, which says what its deadline means."""
 
-    IDLE = "the next request"
-    HEAD = "the rest of a head"
-    BODY = "the rest of a body"
-    ANSWER = "its own answer: no deadline here"
-    HALF_CLOSED = "its own answer to a peer that may be gone"
-    LINGER = "the peer to close, after a refusal"
+    IDLE = 0  # the next request
+    HEAD = 1  # the rest of a head
+    BODY = 2  # the rest of a body
+    ANSWER = 3  # its own answer: no deadline here
+    HALF_CLOSED = 4  # its own answer to a peer that may be gone
+    LINGER = 5  # the peer to close, after a refusal
+
+
+# Globals, since reading a member off its class costs 0.12 us in Python 3.11.
+_IDLE, _HEAD, _BODY, _ANSWER, _HALF_CLOSED, _LINGER = _Phase
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -60,6 +65,15 @@ class Connection(asyncio.BufferedProtocol):
         self._loop = asyncio.get_running_loop()
         self._wire = Http1Connection(listener.wire_limits)
         self._scope = anyio.CancelScope()
+        limits = listener.limits
+        self._seconds = (  # what each phase may last, in the order of `_Phase`
+            limits.timeout_keep_alive,
+            limits.head_timeout,
+            limits.body_timeout,
+            math.inf,
+            HALF_CLOSED,
+            LINGER,
+        )
         self._transport: asyncio.Transport
         self._direct = False
         self._request: Request | None = None
@@ -70,10 +84,10 @@ class Connection(asyncio.BufferedProtocol):
         self._paused = False
         self._gone = False
         self._eof = False
-        self._phase = _Phase.IDLE
+        self._phase = _IDLE
         self._deadline = math.inf
         self._body_since = 0.0
-        self._body_came = 0
+        self._came = 0  # bytes, since the connection was last idle
         self._write_deadline = math.inf
         self._unwritten = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -85,12 +99,12 @@ class Connection(asyncio.BufferedProtocol):
             "asyncio.Transport", transport
         )  # uvloop's is no subclass
         if not self._listener.admit(self):
-            if self._listener.crowded:
+            if self._listener.crowded or self._listener.draining:
                 self._transport.abort()
                 return
             self._refuse(self._wire.refuse(503, "The server has too many connections."))
             return
-        self._wait(_Phase.IDLE)
+        self._wait(_IDLE)
         self._listener.start_soon(self._serve)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -99,10 +113,9 @@ class Connection(asyncio.BufferedProtocol):
         return self._listener.scratch if target is None else target
 
     def buffer_updated(self, nbytes: int) -> None:
-        if self._phase is _Phase.LINGER:
+        if self._phase is _LINGER:
             return
-        if self._phase is _Phase.BODY:
-            self._body_came += nbytes
+        self._came += nbytes
         if self._direct:
             self._take(self._wire.body_received(nbytes))
         else:
@@ -114,8 +127,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def eof_received(self) -> bool:
         self._eof = True
-        if self._phase is _Phase.ANSWER:
-            self._wait(_Phase.HALF_CLOSED)
+        if self._phase is _ANSWER:
+            self._wait(_HALF_CLOSED)
             return True
         return False
 
@@ -153,6 +166,10 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self._transport.writelines(parts)
 
+    @property
+    def stalled(self) -> bool:
+        return self._writable is not None
+
     async def drain(self) -> None:
         if self._writable is not None:
             await self._writable
@@ -169,11 +186,11 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def answering(self) -> bool:
         """Whether a request is being answered."""
-        return self._phase in (_Phase.ANSWER, _Phase.HALF_CLOSED)
+        return self._phase in (_ANSWER, _HALF_CLOSED)
 
     def finish(self) -> None:
         """Close as soon as nothing is in flight; answers say `connection: close`."""
-        if self._phase is _Phase.IDLE:
+        if self._phase is _IDLE:
             self._close()
 
     # --- requests ------------------------------------------------------------------
@@ -190,20 +207,30 @@ class Connection(asyncio.BufferedProtocol):
                     if request is None:
                         return
                     await exchange(self._listener.app, request, body, self)
-                    if not self._wire.keep_alive:
+                    # Since the head promised to stay, a stop may have begun or the
+                    # peer may have said that it sends no more.
+                    leaves = self._listener.draining or self._eof
+                    if leaves or not self._wire.keep_alive:
                         break
-                    self._wait(_Phase.IDLE)
-                    if self._paused:
-                        self._paused = False
-                        self._transport.resume_reading()
+                    self._came = 0
+                    self._wait(_IDLE)
                     self._take(self._wire.next_cycle())
+                    self._read_on()
                     if self._complete:
                         # Pipelined: the other connections get their turn in between.
                         await asyncio.sleep(0)
-            except Exception:  # the boundary: one connection, never its siblings
+            except (asyncio.CancelledError, KeyboardInterrupt):
+                raise
+            except BaseException:  # the boundary: one connection, never its siblings
                 log.exception("a connection failed: a bug in kserve-lite")
                 self._transport.abort()
         self._close()
+
+    def _read_on(self) -> None:
+        """Read again once less than a head is kept: each read adds READ_SIZE to it."""
+        if self._paused and self._wire.surplus <= self._wire.limits.max_head_size:
+            self._paused = False
+            self._transport.resume_reading()
 
     def _take(self, events: list[Event]) -> None:
         for event in events:
@@ -213,7 +240,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._gather(event.data)
             elif type(event) is EndOfMessage:
                 self._complete = True
-                self._wait(_Phase.ANSWER)
+                self._wait(_ANSWER)
                 if self._waiter is not None and not self._waiter.done():
                     self._waiter.set_result(None)
             elif type(event) is ContinueWanted:
@@ -235,11 +262,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def _await_the_rest(self) -> None:
         if self._wire.inside_body:
-            if self._phase is not _Phase.BODY:
-                self._body_since, self._body_came = self._loop.time(), 0
-                self._wait(_Phase.BODY)
-        elif not self._wire.between_messages and self._phase is _Phase.IDLE:
-            self._wait(_Phase.HEAD)
+            if self._phase is not _BODY:
+                self._body_since = self._loop.time()
+                self._wait(_BODY)
+        elif not self._wire.between_messages and self._phase is _IDLE:
+            self._wait(_HEAD)
 
     def _refuse(self, refusal: Refusal) -> None:
         self._request, self._body = None, b""
@@ -248,8 +275,9 @@ class Connection(asyncio.BufferedProtocol):
             return
         retry = ((b"retry-after", b"1"),) if refusal.status == 503 else ()
         reply = error_reply(refusal.status, refusal.reason, retry)
-        self.send(*events_of(reply, STREAM))
-        self._wait(_Phase.LINGER)
+        body = cast("bytes", reply.body)
+        self.send(Response(STREAM, reply.status, sent_headers(reply), body))
+        self._wait(_LINGER)
         if self._transport.can_write_eof():
             self._transport.write_eof()
 
@@ -257,20 +285,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def _wait(self, phase: _Phase) -> None:
         """Enter a phase, with the deadline that it has."""
-        limits = self._listener.limits
         self._phase = phase
-        if phase is _Phase.ANSWER:
+        if phase is _ANSWER:
             self._deadline = math.inf
             return
-        if phase is _Phase.IDLE:
-            seconds = limits.timeout_keep_alive
-        elif phase is _Phase.HEAD:
-            seconds = limits.head_timeout
-        elif phase is _Phase.BODY:
-            seconds = limits.body_timeout
-        else:
-            seconds = LINGER if phase is _Phase.LINGER else HALF_CLOSED
-        self._deadline = self._loop.time() + seconds
+        self._deadline = self._loop.time() + self._seconds[phase]
         self._set_timer()
 
     def _set_timer(self) -> None:
@@ -299,23 +318,23 @@ class Connection(asyncio.BufferedProtocol):
     def _expire(self, now: float) -> None:
         limits = self._listener.limits
         self._deadline = math.inf
-        if self._phase is _Phase.IDLE:
+        if self._phase is _IDLE:
             self._close()
-        elif self._phase is _Phase.HEAD:
+        elif self._phase is _HEAD:
             self._refuse(
                 self._wire.refuse(408, "The request's head did not arrive in time.")
             )
-        elif self._phase is _Phase.BODY:
-            allowed = limits.body_timeout + self._body_came / MIN_RATE
+        elif self._phase is _BODY:
+            allowed = limits.body_timeout + self._came / MIN_RATE
             if self._body_since + allowed > now:
                 self._deadline = self._body_since + allowed
             else:
                 self._refuse(
                     self._wire.refuse(408, "The request's body did not arrive in time.")
                 )
-        elif self._phase is _Phase.HALF_CLOSED:
+        elif self._phase is _HALF_CLOSED:
             self._scope.cancel()
-        elif self._phase is _Phase.LINGER:
+        elif self._phase is _LINGER:
             self._transport.abort()
 
     def _watch_writing(self) -> None:

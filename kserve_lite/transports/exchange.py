@@ -36,6 +36,10 @@ class Stream(Protocol):
     def send(self, *events: Outgoing) -> None:
         """Write events; never blocks, never raises for a lost connection."""
 
+    @property
+    def stalled(self) -> bool:
+        """Whether the peer reads too little for more to be written."""
+
     async def drain(self) -> None:
         """Wait until the peer has read enough for more to be written."""
 
@@ -49,19 +53,20 @@ class Stream(Protocol):
 async def exchange(app: App, request: Request, body: Buffer, stream: Stream) -> None:
     """Have `app` answer the request, and send what it answers."""
     reply = await app(request, body, stream.is_gone)
-    if isinstance(reply.body, (bytes, bytearray, memoryview)):
-        stream.send(*events_of(reply, request.stream_id))
-        await stream.drain()
-        return
+    chunks = reply.body
     stream_id = request.stream_id
-    async with aclosing(reply.body) as chunks:
+    if isinstance(chunks, bytes):
+        stream.send(Response(stream_id, reply.status, sent_headers(reply), chunks))
+        if stream.stalled:
+            await stream.drain()
+        return
+    async with aclosing(chunks):
         try:
-            stream.send(
-                Response(stream_id, reply.status, (*standing_headers(), *reply.headers))
-            )
+            stream.send(Response(stream_id, reply.status, sent_headers(reply)))
             async for chunk in chunks:
                 stream.send(Data(stream_id, chunk))
-                await stream.drain()
+                if stream.stalled:
+                    await stream.drain()
         except InferenceFault:
             # Logged where it was raised; the status is sent already.
             stream.abort()
@@ -69,26 +74,12 @@ async def exchange(app: App, request: Request, body: Buffer, stream: Stream) -> 
     stream.send(EndOfMessage(stream_id))
 
 
-def events_of(reply: Reply, stream_id: int) -> tuple[Outgoing, Outgoing, Outgoing]:
-    """The events of an answer whose body is complete."""
-    body = reply.body
-    if not isinstance(body, (bytes, bytearray, memoryview)):
-        raise TypeError("only an answer with a complete body is events")
-    length = (b"content-length", b"%d" % len(body))
-    headers = (*standing_headers(), *reply.headers, length)
-    return (
-        Response(stream_id, reply.status, headers),
-        Data(stream_id, body),
-        EndOfMessage(stream_id),
-    )
-
-
 _SERVER = (b"server", b"kserve-lite")
 
 
-def standing_headers() -> RawHeaders:
-    """Date (RFC 9110 section 6.6.1) and server."""
-    return _standing_headers(int(time.time()))
+def sent_headers(reply: Reply) -> RawHeaders:
+    """Date (RFC 9110 section 6.6.1), server, and the reply's own headers."""
+    return (*_standing_headers(int(time.time())), *reply.headers)
 
 
 @lru_cache(maxsize=1)

@@ -52,9 +52,13 @@ class Listener:
         self._tasks.start_soon(function)
 
     def admit(self, connection: Connection) -> bool:
-        """Take a new connection in; False: there are too many, it must go."""
+        """Take a new connection in; False: it must go, there are too many.
+
+        Or it was accepted just before a stop, and would outlive it.
+        """
         self._connections.add(connection)
-        return len(self._connections) <= self.limits.max_connections
+        fits = len(self._connections) <= self.limits.max_connections
+        return fits and not self.draining
 
     @property
     def crowded(self) -> bool:

@@ -9,53 +9,33 @@ Imports nothing of ours: read this file first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, NoReturn, TypeAlias
 
 RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 
-class Headers(Mapping[str, str]):
+class Headers(dict[str, str]):
     """Header fields by lower-case name, read-only; of repeated ones the last counts.
 
     `raw` keeps all of them in the order in which they came, names in lower case.
     Values are decoded as ISO-8859-1, which no byte fails (RFC 9110 section 5.5).
+    A dict, so that looking one up, which every request does, costs no Python call.
     """
 
-    __slots__ = ("_fields", "raw")
+    __slots__ = ("raw",)
 
-    def __init__(self, raw: RawHeaders) -> None:
+    def __init__(self, raw: RawHeaders = ()) -> None:
+        super().__init__(
+            (name.decode("ascii"), value.decode("latin-1")) for name, value in raw
+        )
         self.raw = raw
-        self._fields: dict[str, str] | None = None
 
-    def _decoded(self) -> dict[str, str]:
-        fields = self._fields
-        if fields is None:
-            fields = {
-                name.decode("ascii"): value.decode("latin-1")
-                for name, value in self.raw
-            }
-            self._fields = fields
-        return fields
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError("a request's headers are read-only")
 
-    def __getitem__(self, name: str) -> str:
-        return self._decoded()[name]
-
-    def get(self, name: str, default: str | None = None) -> str | None:  # type: ignore[override]
-        return self._decoded().get(name, default)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._decoded()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._decoded())
-
-    def __len__(self) -> int:
-        return len(self._decoded())
-
-    def __repr__(self) -> str:
-        return f"Headers({self._decoded()!r})"
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
 
 
 class Request(NamedTuple):
@@ -68,15 +48,18 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """The head of an answer.
+    """The head of an answer, or all of it.
 
-    With `content-length` among its headers the body has that length; without it the
-    codec frames the body itself (chunked in HTTP/1.1).
+    With `body` it is the whole answer: the codec says its length, and no event
+    follows. Without, `Data` and `EndOfMessage` do: with `content-length` among its
+    headers the body has that length, otherwise the codec frames it itself (chunked in
+    HTTP/1.1).
     """
 
     stream_id: int
     status: int
     headers: RawHeaders
+    body: Buffer | None = None
 
 
 class Data(NamedTuple):
