@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import socket
+import subprocess
 import threading
 from typing import Any, NamedTuple
 
@@ -99,3 +101,17 @@ def exchange(port: int, request: bytes, method: str = "POST") -> RawAnswer:
             elif isinstance(event, (h11.EndOfMessage, h11.ConnectionClosed)):
                 complete = isinstance(event, h11.EndOfMessage)
                 return RawAnswer(status, headers, body, complete)
+
+
+def banner_url(process: subprocess.Popen[str]) -> str:
+    """Read a serving process's standard error up to its banner; return its URL."""
+    seen = ""
+    while process.stderr is not None and (line := process.stderr.readline()):
+        seen += line
+        found = re.search(r" serves .* on (http://\S+)", line)
+        if found:
+            # The banner ends with the line to paste.
+            while "curl" not in process.stderr.readline():
+                pass
+            return found[1]
+    raise AssertionError(f"the server ended before its banner:\n{seen}")

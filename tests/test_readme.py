@@ -1,0 +1,232 @@
+"""Every command and snippet of the README is run; its tables are generated.
+
+`python -m tests.test_readme` writes the tables anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kserve_lite.rest.routes import ROUTES
+from kserve_lite.server.settings import known_settings
+from tests.support import ServerThread, banner_url
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.M | re.S)
+
+
+def commands() -> list[str]:
+    lines = "\n".join(blocks("console")).splitlines()
+    return [line[2:].partition(" #")[0].strip() for line in lines if line[:2] == "$ "]
+
+
+def settings_table() -> str:
+    rows = ["| flag | default | what it is |", "|---|---|---|"]
+    for setting in known_settings().values():
+        default = (
+            str(setting.default).lower() if setting.type is bool else setting.default
+        )
+        rows.append(f"| `--{setting.name}` | {default} | {setting.text} |")
+    return "\n".join(rows)
+
+
+def routes_table() -> str:
+    rows = ["| method | path | what it answers |", "|---|---|---|"]
+    rows += [f"| {r.method} | `{r.pattern}` | {r.summary} |" for r in ROUTES]
+    return "\n".join(rows)
+
+
+TABLES = {"settings": settings_table, "routes": routes_table}
+
+
+def with_tables(text: str) -> str:
+    for name, table in TABLES.items():
+        pattern = rf"(<!-- {name}: .*? -->\n).*?(<!-- end of {name} -->)"
+        new = table()
+        text = re.sub(
+            pattern, lambda m, t=new: f"{m[1]}\n{t}\n\n{m[2]}", text, flags=re.S
+        )
+    return text
+
+
+def test_tables_are_up_to_date() -> None:
+    assert README.read_text() == with_tables(README.read_text())
+
+
+@contextmanager
+def served(*command: str, cwd: Path) -> Iterator[str]:
+    """Run a serving command of the README on a free loopback port; yield its URL."""
+    process = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--http_port", "0"],
+        cwd=cwd,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        yield banner_url(process)
+    finally:
+        process.terminate()
+        assert process.stderr is not None
+        process.stderr.read()
+        process.stderr.close()
+        assert process.wait() == 0
+
+
+def as_run_here(command: str) -> list[str]:
+    words = shlex.split(command)
+    if words[0] == "python":
+        words[0] = sys.executable
+    if words[0] == "kserve-lite":
+        words[:1] = [sys.executable, "-m", "kserve_lite"]
+    return words
+
+
+def curl(command: str, url: str, cwd: Path) -> object:
+    shell = command.replace("http://127.0.0.1:8080", url).replace(
+        "curl ", "curl -sS --fail ", 1
+    )
+    return json.loads(
+        subprocess.run(
+            shell, shell=True, check=True, capture_output=True, cwd=cwd
+        ).stdout
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A fresh folder with the README's app.py in it, and nothing else."""
+    (tmp_path / "app.py").write_text(blocks("python")[0])
+    return tmp_path
+
+
+def test_the_first_program_answers_as_shown(folder: Path) -> None:
+    console = blocks("console")[1].splitlines()
+    shown = [
+        (line[2:], console[index + 1])
+        for index, line in enumerate(console)
+        if line.startswith("$ curl")
+    ]
+    assert len(shown) == 2
+    with served(*as_run_here("python app.py"), cwd=folder) as url:
+        for command, answer in shown:
+            got, expected = curl(command, url, folder), json.loads(answer)
+            assert isinstance(got, dict)
+            if "id" in expected:
+                assert got.pop("id")
+                assert expected.pop("id") == "..."
+            assert got == expected
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in commands() if re.match(r"(python|kserve-lite) .*app", c)]
+)
+def test_serving_commands(command: str, folder: Path) -> None:
+    with served(*as_run_here(command), cwd=folder) as url:
+        models = curl("curl http://127.0.0.1:8080/v1/models", url, folder)
+        assert models == {"models": ["doubler"]}
+
+
+def test_make_commands_exist_and_serve_the_digits_example() -> None:
+    makes = [command for command in commands() if command.startswith("make ")]
+    assert makes == ["make serve", "make test"]
+    for command in makes:
+        dry = subprocess.run(
+            [*command.split(), "--dry-run"],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert "error" not in dry.stderr.lower()
+    (digits,) = [c for c in commands() if "examples/digits/input.json" in c]
+    serve = [sys.executable, "examples/digits/app.py"]
+    with served(*serve, cwd=ROOT) as url:
+        answer = curl(digits, url, ROOT)
+        assert isinstance(answer, dict)
+        assert answer["predictions"][0]["digit"] == 3
+
+
+def test_every_command_is_run_by_a_test_here() -> None:
+    covered = re.compile(
+        r"pip install \.$|make (serve|test)$|curl .*(doubler|digits)|"
+        r"python app\.py|kserve-lite run app"
+    )
+    assert [c for c in commands() if not covered.match(c)] == []
+
+
+def test_the_package_installs_from_a_checkout(tmp_path: Path) -> None:
+    """`pip install .`, without its dependencies, which the environment has."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "kserve_lite", source / "kserve_lite")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    target = tmp_path / "target"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--target", target, "."], cwd=source, check=True)
+    assert (target / "kserve_lite" / "py.typed").exists()
+    assert (target / "bin" / "kserve-lite").exists()
+    imported = subprocess.run(
+        [sys.executable, "-c", "import kserve_lite; print(kserve_lite.__file__)"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(target)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert imported.stdout.startswith(str(target))
+
+
+def test_the_handlers_snippet_serves() -> None:
+    names: dict[str, object] = {}
+    exec(blocks("python")[1], names)  # noqa: S102 - it is our own README
+    scorer, counter = names["scorer"], names["counter"]
+    with ServerThread(scorer, counter) as server:  # type: ignore[arg-type]
+        url = "http://127.0.0.1:8080/v1/models"
+        body = """'{"instances": [[1, 2]]}'"""
+        answer = curl(f"curl -d {body} {url}/scorer:predict", server.url, ROOT)
+        assert answer == {"predictions": [[1.0]]}
+        streamed = subprocess.run(
+            [
+                "curl",
+                "-sS",
+                "-d",
+                '{"to": 2}',
+                f"{server.url}/v1/models/counter:predict",
+            ],
+            check=True,
+            capture_output=True,
+        )
+        assert streamed.stdout == b"data: 0\n\ndata: 1\n\n"
+
+
+def test_the_embedding_snippet_runs(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", blocks("python")[2]],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.stdout.startswith("ready on http://127.0.0.1:")
+    assert ran.stderr == ""
+
+
+if __name__ == "__main__":
+    README.write_text(with_tables(README.read_text()))
