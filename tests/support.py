@@ -85,7 +85,8 @@ def exchange(port: int, request: bytes, method: str = "POST") -> RawAnswer:
         # Only so that h11 knows what it reads the answer to.
         client.send(h11.Request(method=method, target="/", headers=[("host", "x")]))
         client.send(h11.EndOfMessage())
-        status, headers, body = 0, {}, b""
+        status, body = 0, b""
+        headers: dict[str, str] = {}
         while True:
             try:
                 event = client.next_event()

@@ -149,8 +149,9 @@ class Connection(asyncio.BufferedProtocol):
         self._deadline = self._write_deadline = math.inf
         if self._timer is not None:
             self._timer.cancel()
-        self.resume_writing()
+        # Before the writer is woken: what is cancelled makes no further item.
         self._scope.cancel()
+        self.resume_writing()
         self._listener.forget(self)
 
     # --- the stream that one exchange writes to ----------------------------------
@@ -173,6 +174,8 @@ class Connection(asyncio.BufferedProtocol):
     async def drain(self) -> None:
         if self._writable is not None:
             await self._writable
+        else:
+            await asyncio.sleep(0)
 
     def abort(self) -> None:
         self._wire.keep_alive = False

@@ -41,7 +41,11 @@ class Stream(Protocol):
         """Whether the peer reads too little for more to be written."""
 
     async def drain(self) -> None:
-        """Wait until the peer has read enough for more to be written."""
+        """Wait until the peer has read enough for more to be written.
+
+        Waits one turn of the event loop at least: a generator that awaits nothing would
+        otherwise hold up every connection, and never learn that its peer has gone.
+        """
 
     def abort(self) -> None:
         """Cut the stream, so that the peer sees that the answer is incomplete."""
@@ -65,8 +69,7 @@ async def exchange(app: App, request: Request, body: Buffer, stream: Stream) -> 
             stream.send(Response(stream_id, reply.status, sent_headers(reply)))
             async for chunk in chunks:
                 stream.send(Data(stream_id, chunk))
-                if stream.stalled:
-                    await stream.drain()
+                await stream.drain()
         except InferenceFault:
             # Logged where it was raised; the status is sent already.
             stream.abort()

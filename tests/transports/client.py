@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import anyio
 import pytest
+from anyio.abc import TaskStatus
 
 from kserve_lite import Model, Server, serve
 
@@ -192,6 +193,23 @@ async def serving(
         yield server
 
 
+@asynccontextmanager
+async def in_background(server: Server) -> AsyncGenerator[anyio.Event]:
+    """Run a server in a task of its own; gives the event that it has ended."""
+    ended = anyio.Event()
+
+    async def live(*, task_status: TaskStatus[None]) -> None:
+        async with server:
+            task_status.started()
+            await server.wait_stopped()
+        ended.set()
+
+    async with anyio.create_task_group() as tasks:
+        await tasks.start(live)
+        yield ended
+        server.stop()
+
+
 async def echo(payload: Any) -> Any:
     return payload
 
@@ -201,6 +219,13 @@ async def still_serves(server: Server) -> None:
     async with Client(server.port) as client:
         answer = await client.ask(LIVE)
     assert (answer.status, answer.json) == (200, {"live": True})
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for a state of the server that nothing announces."""
+    with anyio.fail_after(PATIENCE):
+        while not condition():  # noqa: ASYNC110
+            await anyio.sleep(0.005)
 
 
 @contextmanager

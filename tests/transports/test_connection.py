@@ -27,16 +27,10 @@ from tests.transports.client import (
     predict,
     serving,
     still_serves,
+    until,
 )
 
 pytestmark = pytest.mark.anyio
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait for a state of the server that nothing announces."""
-    with anyio.fail_after(PATIENCE):
-        while not condition():
-            await anyio.sleep(0.005)
 
 
 def only_connection(server: Server) -> Any:
@@ -604,10 +598,12 @@ async def test_max_asyncio_workers_bounds_the_plain_handlers() -> None:
         async with Client(port) as client:
             assert (await client.ask(predict(1))).status == 200
 
-    async with serving(count, max_asyncio_workers=2) as server:
-        async with anyio.create_task_group() as tasks:
-            for _ in range(8):
-                tasks.start_soon(ask, server.port)
+    async with (
+        serving(count, max_asyncio_workers=2) as server,
+        anyio.create_task_group() as tasks,
+    ):
+        for _ in range(8):
+            tasks.start_soon(ask, server.port)
     assert peak == [2]
 
 
@@ -624,12 +620,15 @@ async def test_plain_handlers_run_in_the_callers_context() -> None:
     def predicts(payload: dict[str, Any]) -> Any:
         return {"predictions": [variable.get()]}
 
-    async with serving(model) as server:
-        async with Client(server.port) as one, Client(server.port) as other:
-            await one.send(predict("one"))
-            await other.send(predict("other"))
-            assert (await one.answer()).json == {"predictions": ["one"]}
-            assert (await other.answer()).json == {"predictions": ["other"]}
+    async with (
+        serving(model) as server,
+        Client(server.port) as one,
+        Client(server.port) as other,
+    ):
+        await one.send(predict("one"))
+        await other.send(predict("other"))
+        assert (await one.answer()).json == {"predictions": ["one"]}
+        assert (await other.answer()).json == {"predictions": ["other"]}
 
 
 @pytest.mark.parametrize("plain", [True, False])

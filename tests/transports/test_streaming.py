@@ -11,14 +11,19 @@ from typing import Any
 import anyio
 import pytest
 
+from kserve_lite import serve
 from tests.transports.client import (
     LIVE,
     PATIENCE,
     Client,
+    in_background,
+    model_of,
     nothing_unhandled,
+    post,
     predict,
     serving,
     still_serves,
+    until,
 )
 
 pytestmark = pytest.mark.anyio
@@ -46,14 +51,7 @@ HANDLERS = [plain, asynchronous, returned_by_plain, returned_by_async]
 
 
 def stream_of(*items: Any) -> bytes:
-    return (
-        predict(None)
-        .replace(b"[null]", json.dumps(items).encode())
-        .replace(
-            b"Length: 20",
-            b"Length: %d" % (len(b'{"instances": }') + len(json.dumps(items))),
-        )
-    )
+    return post(json.dumps({"instances": items}).encode())
 
 
 @pytest.mark.parametrize("handler", HANDLERS)
@@ -229,9 +227,7 @@ async def test_an_endless_stream_waits_for_its_reader_and_ends_with_it(
                 await client.head()
                 await client.chunk()
                 (connection,) = server._listener._connections
-                with anyio.fail_after(PATIENCE):
-                    while connection._writable is None:
-                        await anyio.sleep(0.005)
+                await until(lambda: connection._writable is not None)
                 made = endless.made
                 for _ in range(5):
                     await still_serves(server)
@@ -308,19 +304,35 @@ async def test_a_stream_in_flight_is_finished_by_a_stop() -> None:
         await go_on.wait()
         yield "second"
 
-    async with serving(stream) as server, Client(server.port) as client:
+    server = serve(model_of(stream), http_port=0, host="127.0.0.1")
+    async with in_background(server) as ended, Client(server.port) as client:
         await client.send(predict(1))
         assert "connection" not in (await client.head()).headers
         assert await client.chunk() == b"first "
         server.stop()
-
-        async def read_on() -> None:
-            assert await client.chunk() == b"second"
-            assert await client.chunk() == b""
-            assert await client.rest() == b""
-
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(read_on)
-            tasks.start_soon(server.__aexit__, None, None, None)
-            go_on.set()
+        go_on.set()
+        assert await client.chunk() == b"second"
+        assert await client.chunk() == b""
+        assert await client.rest() == b""
+        with anyio.fail_after(PATIENCE):
+            await ended.wait()
     assert server.report.startswith("drained 1, aborted 0, in ")
+
+
+async def test_a_generator_that_awaits_nothing_leaves_turns_to_others() -> None:
+    ended = False
+
+    async def stream(payload: Any) -> AsyncIterator[bytes]:
+        nonlocal ended
+        for _ in range(300):
+            yield bytes(1000)
+        ended = True
+
+    async with serving(stream) as server, Client(server.port) as client:
+        await client.send(predict(1))
+        await client.head()
+        await client.chunk()
+        assert not ended
+        for _ in range(299):
+            assert len(await client.chunk()) == 1000
+        assert await client.chunk() == b""

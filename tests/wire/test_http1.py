@@ -672,6 +672,13 @@ def test_a_body_of_the_largest_size_is_taken() -> None:
             assert [body for *_, body in found] == [64 * b"x"]
 
 
+def test_each_chunked_body_is_counted_for_itself() -> None:
+    raw = 2 * (CHUNKED_HEAD + b"30\r\n" + 48 * b"x" + b"\r\n0\r\n\r\n")
+    for pieces, direct in ways(raw):
+        found = messages(converse(Http1Connection(SMALL), pieces, direct))
+        assert [body for *_, body in found] == 2 * [48 * b"x"]
+
+
 @pytest.mark.parametrize("excess", [0, 1])
 def test_a_head_of_the_largest_size_is_taken(excess: int) -> None:
     start = b"GET / HTTP/1.1\r\nHost: a\r\nX: "

@@ -11,6 +11,7 @@ from collections import Counter
 from typing import TypeAlias
 
 import h11
+import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -290,6 +291,65 @@ def test_what_the_fast_lane_accepts_h11_accepts() -> None:
 
     check()
     assert min(accepted[True], accepted[False]) > 200
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        b"Accept: */*",
+        b"x-one:1",
+        b"X-Two: \t a  b \t",
+        b"x-empty:",
+        b"!#$%&'*+-.^_`|~1: \"(),/:;<=>?@[\\]{}",
+        b"Content-Length: 12",
+        b"Connection: close",
+    ],
+)
+def test_the_fast_lane_takes_ordinary_fields(field: bytes) -> None:
+    assert _fast_head(b"POST /a?b HTTP/1.1\r\nHost: a\r\n" + field + b"\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        b"X: \xc3\xa9",
+        b"X: \x7f",
+        b"X: \x01",
+        b"X : 1",
+        b" X: 1",
+        b"X: 1\r\n 2",
+        b"X: 1\nY: 2",
+        b"X",
+        b"Host: b",
+        b"Content-Length: 1\r\nContent-Length: 1",
+        b"Content-Length: 1, 1",
+        b"Content-Length: 1234567890123456",
+        b"Content-Length:",
+        b"Transfer-Encoding: chunked",
+        b"Expect: 100-continue",
+        b"Upgrade: h2c",
+        b"X: " + 9000 * b"x",
+    ],
+)
+def test_the_fast_lane_leaves_the_rest_to_the_referee(field: bytes) -> None:
+    head = b"POST /a?b HTTP/1.1\r\nHost: a\r\n" + field + b"\r\n\r\n"
+    assert _fast_head(head) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"BREW / HTTP/1.1",
+        b"GET http://a/ HTTP/1.1",
+        b"GET * HTTP/1.1",
+        b"GET / HTTP/1.0",
+        b"GET / HTTP/1.1 ",
+        b"GET /\xff HTTP/1.1",
+        b"get / HTTP/1.1",
+    ],
+)
+def test_the_fast_lane_takes_no_odd_request_line(line: bytes) -> None:
+    assert _fast_head(line + b"\r\nHost: a\r\n\r\n") is None
 
 
 # --- whole conversations -------------------------------------------------------------
