@@ -30,9 +30,8 @@ if TYPE_CHECKING:
 
 def post(server: ServerThread, path: str, body: object, headers: str = "") -> RawAnswer:
     text = body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\n{headers}"
-        f"Content-Length: {len(text)}\r\n\r\n"
-    return exchange(server.port, head.encode() + text)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: {len(text)}"
+    return exchange(server.port, head.encode() + b"\r\n\r\n" + text)
 
 
 def ask(predict: Callable[..., Any], body: object, path: str = "v1") -> Any:
