@@ -36,7 +36,7 @@ class Phase(enum.Enum):
 
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.DEFINED: frozenset({Phase.FROZEN}),
-    Phase.FROZEN: frozenset({Phase.LOADING}),
+    Phase.FROZEN: frozenset({Phase.LOADING, Phase.UNLOADED}),
     Phase.LOADING: frozenset({Phase.READY, Phase.FAILED, Phase.UNLOADED}),
     Phase.READY: frozenset({Phase.UNLOADED}),
     Phase.FAILED: frozenset({Phase.LOADING, Phase.UNLOADED}),

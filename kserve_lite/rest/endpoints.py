@@ -18,7 +18,12 @@ import orjson
 from kserve_lite.codecs import v1, v2
 from kserve_lite.dispatch.binding import declared_datatype, unnamed_input
 from kserve_lite.dispatch.dataplane import DataPlane
-from kserve_lite.errors import InferenceFault, InvalidInput, Unsupported
+from kserve_lite.errors import (
+    InferenceFault,
+    InvalidInput,
+    ServerNotReady,
+    Unsupported,
+)
 from kserve_lite.handlers import Form, Stage
 from kserve_lite.messages import (
     Context,
@@ -92,9 +97,9 @@ class Endpoints:
         return json_reply(b'{"live":true}')
 
     async def ready(self, *_: Any) -> Reply:
-        if await self.dataplane.ready():
-            return json_reply(b'{"ready":true}')
-        return json_reply(b'{"ready":false}', 503)
+        if not await self.dataplane.ready():
+            raise ServerNotReady
+        return json_reply(b'{"ready":true}')
 
     async def server_metadata(self, *_: Any) -> Reply:
         return json_reply(

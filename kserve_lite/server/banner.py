@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from urllib.parse import quote
 
 from kserve_lite.handlers import Form, Stage
 from kserve_lite.model import Model
@@ -17,9 +19,10 @@ def banner(models: tuple[Model, ...], url: str) -> str:
     """Return the banner; its curl line answers 200 when pasted."""
     lines = [f"kserve-lite serves {', '.join(m.name for m in models)} on {url}"]
     for model in models:
+        name = quote(model.name, safe="")
         lines += (
-            f"  V1  {url}/v1/models/{model.name}:predict",
-            f"  V2  {url}/v2/models/{model.name}/infer",
+            f"  V1  {url}/v1/models/{name}:predict",
+            f"  V2  {url}/v2/models/{name}/infer",
         )
     return "\n".join((*lines, "Try it:", f"  {curl_line(models[0], url)}"))
 
@@ -27,9 +30,11 @@ def banner(models: tuple[Model, ...], url: str) -> str:
 def curl_line(model: Model, url: str) -> str:
     """A command that works for the model: a prediction where its inputs are known."""
     body = _example(model)
+    name = quote(model.name, safe="")
     if body is None:
-        return f"curl {url}/v2/models/{model.name}"
-    return f"curl -d '{body}' {url}/v1/models/{model.name}:predict"
+        return f"curl {shlex.quote(f'{url}/v2/models/{name}')}"
+    target = shlex.quote(f"{url}/v1/models/{name}:predict")
+    return f"curl -d {shlex.quote(body)} {target}"
 
 
 def _example(model: Model) -> str | None:

@@ -50,7 +50,7 @@ class Server:
         self._stopping = anyio.Event()
         # Made when it is entered: a Server may be built outside an event loop.
         self._loading: anyio.CancelScope | None = None
-        self._draining: anyio.CancelScope | None = None
+        self._finishing: anyio.CancelScope | None = None
         self._listener: Listener
         self._life: AbstractAsyncContextManager[None] | None = None
 
@@ -70,13 +70,16 @@ class Server:
         return f"http://{shown}:{self.port}"
 
     def stop(self, *, at_once: bool = False) -> None:
-        """Begin to stop; with `at_once` what is in flight is cut, not finished."""
+        """Begin to stop; with `at_once` what is in flight is cut, not finished.
+
+        Asked for once more, `at_once` also gives up an unload handler that hangs.
+        """
         self._stopping.set()
         self.dataplane.accepting = False
         if self._loading is not None:
             self._loading.cancel()
-        if at_once and self._draining is not None:
-            self._draining.cancel()
+        if at_once and self._finishing is not None:
+            self._finishing.cancel()
 
     @property
     def stopped(self) -> bool:
@@ -111,7 +114,9 @@ class Server:
 
     @asynccontextmanager
     async def _live(self) -> AsyncGenerator[None]:
-        failure: Exception | None = None
+        failure: BaseException | None = None
+        # Cancelled before it is entered if a stop at once is the first one.
+        self._finishing = draining = anyio.CancelScope(shield=True)
         async with anyio.create_task_group() as tasks:
             self._listener = Listener(
                 Endpoints(self.dataplane).answer,
@@ -122,11 +127,11 @@ class Server:
             try:
                 await self._startup()
                 yield
-            except Exception as error:  # noqa: BLE001
+            except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001
                 # Raised again below: the task group would wrap it in a group.
                 failure = error
             finally:
-                with anyio.CancelScope(shield=True) as self._draining:
+                with draining:
                     await self._shutdown()
                 with anyio.CancelScope(shield=True):
                     await self._dismantle()
@@ -145,7 +150,8 @@ class Server:
         await self._listener.listen(sockets)
         with anyio.CancelScope() as self._loading:
             for model in self._models:
-                await self._load(model)
+                if not self.stopped:
+                    await self._load(model)
 
     async def _load(self, model: Model) -> None:
         try:
@@ -177,7 +183,10 @@ class Server:
     async def _dismantle(self) -> None:
         await self._listener.abort()
         for model in self.dataplane.registry:
-            await self.dataplane.unload(model)
+            # A handler that hangs, or waits for threads that do, must not keep it up.
+            grace = self.settings.server.grace_period
+            with anyio.move_on_after(grace) as self._finishing:
+                await self.dataplane.unload(model)
         self.dataplane.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from typing import Any
 
 from kserve_lite.errors import StartupError
 
@@ -15,36 +16,53 @@ BACKLOG = 2048
 def listen_on(host: str, port: int) -> list[socket.socket]:
     """Return non-blocking sockets that listen on every address of `host`.
 
+    Addresses that this machine lacks are left out as long as there is another one:
+    `localhost` is often also `::1` where IPv6 is turned off.
     Raises StartupError that says what is wrong with host or port and what to do.
     """
     try:
         found = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-    except socket.gaierror as error:
+    except (socket.gaierror, ValueError) as error:  # ValueError: it can be no name
+        reason = getattr(error, "strerror", None) or error
         raise StartupError(
-            f"cannot listen on host {host!r}: {error.strerror}; give --host an address "
-            "of this machine, 127.0.0.1 or 0.0.0.0"
+            f"cannot listen on host {host!r}: {reason}; give --host an address of this "
+            "machine, 127.0.0.1 or 0.0.0.0"
         ) from error
     sockets: list[socket.socket] = []
+    missing: OSError | None = None
     for family, address in dict.fromkeys((info[0], info[4]) for info in found):
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        if port == 0 and sockets:
+            # Every address gets the port that the first one was given.
+            address = (address[0], sockets[0].getsockname()[1], *address[2:])
         try:
-            sock.setblocking(False)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            if port == 0 and sockets:
-                # Every address gets the port that the first one was given.
-                address = (address[0], sockets[0].getsockname()[1], *address[2:])
-            sock.bind(address)
-            sock.listen(BACKLOG)
+            sockets.append(_listen(family, address))
         except OSError as error:
-            for opened in (*sockets, sock):
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                missing = error
+                continue
+            for opened in sockets:
                 opened.close()
             raise _cannot_listen(host, port, error) from error
-        sockets.append(sock)
+    if not sockets and missing is not None:
+        raise _cannot_listen(host, port, missing) from missing
     return sockets
+
+
+def _listen(family: int, address: tuple[Any, ...]) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def _cannot_listen(host: str, port: int, error: OSError) -> StartupError:

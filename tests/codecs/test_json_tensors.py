@@ -391,6 +391,11 @@ def test_the_fast_lane_takes_plain_numbers(body: bytes) -> None:
     assert is_fast(body, array_of("FP32"))
 
 
+def test_the_fast_lane_takes_all_of_64_bits() -> None:
+    assert is_fast(b"[0,18446744073709551615]", array_of("UINT64"))
+    assert is_fast(b"[9223372036854775807,-9223372036854775808]", array_of("INT64"))
+
+
 @pytest.mark.parametrize(
     "body",
     [
