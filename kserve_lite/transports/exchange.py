@@ -82,9 +82,10 @@ _SERVER = (b"server", b"kserve-lite")
 
 def sent_headers(reply: Reply) -> RawHeaders:
     """Date (RFC 9110 section 6.6.1), server, and the reply's own headers."""
-    return (*_standing_headers(int(time.time())), *reply.headers)
+    return _sent_headers(int(time.time()), reply.headers)
 
 
-@lru_cache(maxsize=1)
-def _standing_headers(second: int) -> RawHeaders:
-    return (b"date", formatdate(second, usegmt=True).encode("ascii")), _SERVER
+@lru_cache(maxsize=64)
+def _sent_headers(second: int, own: RawHeaders) -> RawHeaders:
+    date = (b"date", formatdate(second, usegmt=True).encode("ascii"))
+    return (date, _SERVER, *own)

@@ -99,6 +99,9 @@ class Http1Connection:
         # is remembered, byte for byte, with its meaning.
         self._last_bytes = b""
         self._last_head: _Head | None = None
+        # So does the server: the same headers, object for object, within one second.
+        self._last_answered: RawHeaders = ()
+        self._last_block = b""
         self._body = bytearray()
         self._body_filled = 0
         self._body_length = 0
@@ -203,18 +206,22 @@ class Http1Connection:
 
     def _answer_head(self, response: Response, out: list[Buffer]) -> None:
         body = response.body
-        out.append(_STATUS_LINE[response.status])
+        if response.headers is not self._last_answered:
+            self._last_answered = response.headers
+            self._last_block = b"".join(
+                part
+                for name, value in response.headers
+                for part in (name, b": ", value, b"\r\n")
+            )
+        out += (_STATUS_LINE[response.status], self._last_block)
         ends_here = response.status in _BODILESS
         self._bodiless_answer = ends_here or self._head_request
         self._chunked_answer = False
-        has_length = ends_here or body is not None
-        for name, value in response.headers:
-            out += (name, b": ", value, b"\r\n")
-            if name == b"content-length":
-                has_length = True
-        if body is not None and not ends_here:
+        if ends_here:
+            pass
+        elif body is not None:
             out.append(b"content-length: %d\r\n" % len(body))
-        if not has_length:
+        elif all(name != b"content-length" for name, _ in response.headers):
             if self._http10:
                 # RFC 9112 6.1: never chunked to HTTP/1.0; the close ends the body.
                 self.keep_alive = False
@@ -238,17 +245,25 @@ class Http1Connection:
             self._scanned = len(buffer)
             return self._unfinished_head()
         self._scanned = 0
-        raw = bytes(buffer[: end.end()])
-        rest = bytes(buffer[end.end() :])
-        buffer.clear()
+        raw = self._taken(end.end())
         if len(raw) > self.limits.max_head_size:
             return [self._head_too_large()]
         head = self._last_head if raw == self._last_bytes else _fast_head(raw)
         if head is None:
-            return self._ask_referee(raw, rest)
+            return self._ask_referee(raw)
         self._last_bytes = raw
         self._last_head = head
-        return self._accept(head, rest)
+        return self._accept(head, self._taken(head.content_length))
+
+    def _taken(self, size: int) -> bytes:
+        """Take at most `size` bytes from the front of the buffer.
+
+        Taking all and putting back what is too much would copy, for each of thousands
+        of pipelined requests, all that follow it.
+        """
+        taken = bytes(memoryview(self._buffer)[:size])
+        del self._buffer[:size]
+        return taken
 
     def _unfinished_head(self) -> list[Event]:
         buffer = self._buffer
@@ -274,7 +289,8 @@ class Http1Connection:
     def _accept(self, head: _Head, rest: bytes) -> list[Event]:
         """A complete head without transfer coding: what follows has a known length.
 
-        rest: the bytes behind the head. The buffer is empty.
+        rest: what came behind the head; where the buffer holds more, no more than the
+            body.
         """
         self._http10 = head.is_http10
         self._head_request = head.is_head
@@ -320,7 +336,7 @@ class Http1Connection:
             413, f"The body may have {limit} bytes (max_body_size); {came}."
         )
 
-    def _ask_referee(self, raw: bytes, rest: bytes) -> list[Event]:
+    def _ask_referee(self, raw: bytes) -> list[Event]:
         line = _REQUEST_LINE.match(raw)
         if line is None:
             return [self._close_silently()]
@@ -336,7 +352,7 @@ class Http1Connection:
             return [self._refuse_as(error)]
         if not isinstance(request, h11.Request):
             return [self.refuse(400, "The request's head is not valid HTTP/1.1.")]
-        return self._accept_unusual(request, referee, rest)
+        return self._accept_unusual(request, referee)
 
     def _refuse_as(self, error: h11.RemoteProtocolError) -> Refusal:
         # h11's own texts quote the request; the status is enough to word ours.
@@ -349,7 +365,7 @@ class Http1Connection:
         return self.refuse(status, f"The request's {part} is not valid HTTP/1.1.")
 
     def _accept_unusual(
-        self, request: h11.Request, referee: h11.Connection, rest: bytes
+        self, request: h11.Request, referee: h11.Connection
     ) -> list[Event]:
         raw: RawHeaders = tuple((bytes(n), bytes(v)) for n, v in request.headers)
         names = [name for name, _ in raw]
@@ -374,16 +390,17 @@ class Http1Connection:
             is_head=request.method == b"HEAD",
             is_http10=http10,
         )
+        body_has_begun = bool(self._buffer)
         if chunked:
             self._referee = referee
             self._chunked_size = 0
             self._state = _CHUNKED
             self.keep_alive = self.keep_alive and head.keep_alive
             events: list[Event] = [head.request]
-            events += self._receive_chunked(rest)
+            events += self._receive_chunked(self._taken(len(self._buffer)))
         else:
-            events = self._accept(head, rest)
-        if expect and not http10 and self.inside_body and not rest:
+            events = self._accept(head, self._taken(head.content_length))
+        if expect and not http10 and self.inside_body and not body_has_begun:
             events.append(ContinueWanted(STREAM))
         return events
 

@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 APPS = {
     "app": ECHO,
     "stdin": """
-import sys
+import os
 from kserve_lite import Model, run
 
 model = Model("m")
@@ -45,14 +45,14 @@ model = Model("m")
 @model.predict
 def predict(payload):
     print("started", flush=True)
-    sys.stdin.readline()
+    os.read(0, 1)
     return payload
 
 if __name__ == "__main__":
     run(model)
 """,
     "stream": """
-import sys
+import os
 from kserve_lite import Model, run
 
 model = Model("m")
@@ -61,14 +61,14 @@ model = Model("m")
 def predict(payload):
     yield "first"
     print("started", flush=True)
-    sys.stdin.readline()
+    os.read(0, 1)
     yield "second"
 
 if __name__ == "__main__":
     run(model)
 """,
     "load": """
-import sys
+import os
 from kserve_lite import Model, run
 
 model = Model("m")
@@ -76,7 +76,7 @@ model = Model("m")
 @model.load
 def load():
     print("started", flush=True)
-    sys.stdin.readline()
+    os.read(0, 1)
 
 @model.predict
 def predict(payload):
@@ -109,7 +109,7 @@ if __name__ == "__main__":
     run(first, second)
 """,
     "unload": """
-import sys
+import os
 from kserve_lite import Model, run
 
 model = Model("m")
@@ -125,7 +125,7 @@ def predict(payload):
 @model.unload
 def unload(state):
     print("unloading", state, flush=True)
-    sys.stdin.readline()
+    os.read(0, 1)
 
 if __name__ == "__main__":
     run(model)
@@ -307,8 +307,7 @@ def test_log_level_of_the_environment_and_of_the_flag(folder: Path) -> None:
     with App(*flags, cwd=folder, KSERVE_LOGLEVEL="warning") as app:
         assert app.lines[0].startswith("kserve-lite serves")
         assert app.stop().err == ""
-    variables = {"KSERVE_LOGLEVEL": "ERROR"}
-    with App(*flags, "--log_level", "info", cwd=folder, **variables) as app:
+    with App(*flags, "--log_level", "info", cwd=folder, KSERVE_LOGLEVEL="ERROR") as app:
         assert app.lines[0].endswith("loaded m in 0.00 s")
 
 
@@ -392,8 +391,8 @@ def test_a_signal_finishes_what_is_in_flight(
         assert [app.said(), app.said()] == ["started", "started"]
         app.signal(number)
         refused(app.port)
-        app.tell("go on")
-        app.tell("go on")
+        app.release()
+        app.release()
         for index, connection in enumerate(connections):
             response = connection.getresponse()
             assert response.status == 200
@@ -462,7 +461,7 @@ def test_unload_runs_at_the_end(folder: Path) -> None:
     with App("unload.py", "--http_port", "0", cwd=folder) as app:
         app.signal(signal.SIGTERM)
         assert app.said() == "unloading the state"
-        app.tell("go on")
+        app.release()
         assert app.wait().status == 0
 
 
