@@ -71,6 +71,8 @@ def find_models(target: str) -> list[Model]:
     name that is no Model.
     """
     module_name, _, name = target.partition(":")
+    if not module_name:
+        raise StartupError(f"{target!r} names no module; give module:name")
     module = _import(module_name)
     there = {key: value for key, value in vars(module).items() if _is_model(value)}
     if not name:

@@ -138,6 +138,7 @@ class Tensor:
     ) -> Tensor:
         """Make a tensor of an array, its datatype told by the array's dtype.
 
+        Arrays in the other byte order are converted: every codec writes native bytes.
         Raises TypeError for a dtype that the protocol has no datatype for.
         """
         datatype = datatype_of(array)
@@ -146,6 +147,8 @@ class Tensor:
                 f"the protocol has no datatype for arrays of {array.dtype}; "
                 f"cast to one of {', '.join(_BY_DTYPE)}"
             )
+        if not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="))
         return cls(name, array, datatype, parameters or {})
 
 

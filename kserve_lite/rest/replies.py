@@ -10,7 +10,7 @@ import orjson
 from kserve_lite.errors import InferenceFault, Kind, ModelFailed
 from kserve_lite.wire.events import RawHeaders
 
-# Total over the kinds; 499 is nginx's "client closed request", seen in logs only.
+# Total over the kinds, which a test holds. A cancelled request's answer is seen by nobody.
 STATUS: dict[Kind, int] = {
     Kind.INVALID_INPUT: 400,
     Kind.NOT_FOUND: 404,

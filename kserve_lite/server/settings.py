@@ -172,7 +172,8 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message}; see {self.prog} --help")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        parsed, unknown = self.parse_known_args(args, namespace)
+        # Intermixed: `run app:a --http_port 9000 app:b` is two models.
+        parsed, unknown = self.parse_known_intermixed_args(args, namespace)
         for flag in unknown:
             if flag.startswith("--"):
                 name = flag[2:].partition("=")[0]

@@ -64,7 +64,8 @@ class Connection(asyncio.BufferedProtocol):
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._wire = Http1Connection(listener.wire_limits)
-        self._scope = anyio.CancelScope()
+        # Shielded: when the server's own task is cancelled, what is in flight finishes.
+        self._scope = anyio.CancelScope(shield=True)
         limits = listener.limits
         self._seconds = (  # what each phase may last, in the order of `_Phase`
             limits.timeout_keep_alive,

@@ -44,7 +44,7 @@ model = Model("m")
 
 @model.predict
 def predict(payload):
-    print("started", flush=True)
+    os.write(1, b"started\\n")  # whole lines, whatever else prints
     os.read(0, 1)
     return payload
 
@@ -431,7 +431,6 @@ def test_a_second_signal_stops_at_once(folder: Path, name: str) -> None:
         connection.close()
     assert (status, report(result)) == (0, (0, 1))
     assert "1 handlers still run; leaving without them" in result.err
-    assert result.errors == []
 
 
 def test_the_grace_period_ends_what_hangs(folder: Path) -> None:

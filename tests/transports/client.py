@@ -51,7 +51,11 @@ class Client:
 
     async def __aenter__(self) -> Client:
         loop = asyncio.get_running_loop()
-        await loop.sock_connect(self._sock, ("127.0.0.1", self._port))
+        try:
+            await loop.sock_connect(self._sock, ("127.0.0.1", self._port))
+        except BaseException:
+            self.close()
+            raise
         return self
 
     async def __aexit__(

@@ -1,0 +1,37 @@
+"""Kinds of errors and statuses; arrays in the other byte order."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from kserve_lite import InferRequest, InferResponse, InvalidInput, Tensor
+from kserve_lite.codecs import v2
+from kserve_lite.errors import Kind
+from kserve_lite.rest.replies import STATUS, fault_reply
+
+
+def test_every_kind_has_a_status() -> None:
+    assert set(STATUS) == set(Kind)
+
+
+def test_a_fault_with_lone_surrogates_is_still_json() -> None:
+    reply = fault_reply(InvalidInput("a\udc80b"))
+    assert isinstance(reply.body, bytes)
+    assert json.loads(reply.body) == {"error": "a?b"}
+
+
+def test_other_byte_orders_are_converted() -> None:
+    swapped = np.array([1, 2], ">i4")
+    response = InferResponse((Tensor.from_array("o", swapped),), "i", "m")
+    assert json.loads(v2.encode(response))["outputs"][0]["data"] == [1, 2]
+
+
+def test_a_missing_input_names_itself() -> None:
+    try:
+        InferRequest("m", ())["pixels"]
+    except InvalidInput as error:
+        assert error.reason == "Input 'pixels' is missing."
+    else:
+        raise AssertionError("no error")
