@@ -10,7 +10,7 @@ import orjson
 from kserve_lite.errors import InferenceFault, Kind, ModelFailed
 from kserve_lite.wire.events import RawHeaders
 
-# Total over the kinds, which a test holds. A cancelled request's answer is seen by nobody.
+# Total over the kinds, which a test holds. Nobody sees a cancelled request's answer.
 STATUS: dict[Kind, int] = {
     Kind.INVALID_INPUT: 400,
     Kind.NOT_FOUND: 404,
