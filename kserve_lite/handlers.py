@@ -82,6 +82,7 @@ class Handler:
     tensors: the payload parameters, for `Form.TENSORS`.
     injected: which of `PROVIDED` it asks for.
     outputs: the specs of its return annotation, empty where it has none.
+    is_plain: an `async def` that takes its payload as it is and nothing else.
     """
 
     stage: Stage
@@ -91,6 +92,7 @@ class Handler:
     injected: tuple[str, ...]
     call: Call
     outputs: tuple[TensorSpec, ...]
+    is_plain: bool
 
 
 def read_handler(stage: Stage, function: Function) -> Handler:
@@ -133,14 +135,16 @@ def read_handler(stage: Stage, function: Function) -> Handler:
             f"The {name} takes no parameter: its first one is the payload."
         )
     form, tensors = _form(name, [p.name for p in payload], hints)
+    call = _call(function)
     return Handler(
         stage=stage,
         function=function,
         form=form,
         tensors=tensors,
         injected=tuple(injected),
-        call=_call(function),
+        call=call,
         outputs=_output_specs(hints.get("return")),
+        is_plain=call is Call.AWAIT and form is not Form.TENSORS and not injected,
     )
 
 

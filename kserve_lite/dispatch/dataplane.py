@@ -205,11 +205,14 @@ class DataPlane:
         value: Any = payload
         entry = plan[0]
         for handler in plan:
-            bind = request_arguments if handler is entry else stage_arguments
             started = time.perf_counter() if timed else 0.0
-            value = self._call(handler, bind(handler, value), model, context)
-            if handler.call is not _GENERATOR:
-                value = await value
+            if handler.is_plain:  # the shortest way, for the most frequent handler
+                value = await handler.function(value)
+            else:
+                bind = request_arguments if handler is entry else stage_arguments
+                value = self._call(handler, bind(handler, value), model, context)
+                if handler.call is not _GENERATOR:
+                    value = await value
             if timed:
                 milliseconds[handler.stage] = (time.perf_counter() - started) * 1e3
         if timed:
@@ -232,11 +235,6 @@ class DataPlane:
         offload: Offload | None = None,
     ) -> Any:
         """Call a handler: a generator as it is, else an awaitable of its result."""
-        if handler.call is _AWAIT and not handler.injected:
-            # The shortest way, for the most frequent handler.
-            if isinstance(arguments, tuple):
-                return handler.function(*arguments)
-            return handler.function(**arguments)
         named: dict[str, Any] = {}
         for name in handler.injected:
             if name == "state":

@@ -121,10 +121,14 @@ class Connection(asyncio.BufferedProtocol):
             self._take(self._wire.body_received(nbytes))
         else:
             self._take(self._wire.receive(self._listener.scratch[:nbytes]))
-        if self._wire.surplus > self._wire.limits.max_head_size and not self._paused:
+        if self._phase is _ANSWER and not self._paused and self._crowded:
             # More pipelined requests than one head: read on when they are wanted.
             self._paused = True
             self._transport.pause_reading()
+
+    @property
+    def _crowded(self) -> bool:
+        return self._wire.surplus > self._wire.limits.max_head_size
 
     def eof_received(self) -> bool:
         self._eof = True
@@ -218,8 +222,10 @@ class Connection(asyncio.BufferedProtocol):
                         break
                     self._came = 0
                     self._wait(_IDLE)
-                    self._take(self._wire.next_cycle())
-                    self._read_on()
+                    events = self._wire.next_cycle()
+                    if events or self._wire.surplus or self._paused:
+                        self._take(events)
+                        self._read_on()
                     if self._complete:
                         # Pipelined: the other connections get their turn in between.
                         await asyncio.sleep(0)
@@ -244,7 +250,8 @@ class Connection(asyncio.BufferedProtocol):
                 self._gather(event.data)
             elif type(event) is EndOfMessage:
                 self._complete = True
-                self._wait(_ANSWER)
+                self._phase = _ANSWER
+                self._deadline = math.inf
                 if self._waiter is not None and not self._waiter.done():
                     self._waiter.set_result(None)
             elif type(event) is ContinueWanted:
@@ -290,9 +297,6 @@ class Connection(asyncio.BufferedProtocol):
     def _wait(self, phase: _Phase) -> None:
         """Enter a phase, with the deadline that it has."""
         self._phase = phase
-        if phase is _ANSWER:
-            self._deadline = math.inf
-            return
         self._deadline = self._loop.time() + self._seconds[phase]
         self._set_timer()
 

@@ -17,6 +17,7 @@ import pytest
 
 from kserve_lite import Model, ModelDefinitionError, StartupError, serve
 from kserve_lite.model import Phase
+from kserve_lite.server.sockets import listen_on
 from tests.transports.client import (
     LIVE,
     PATIENCE,
@@ -282,6 +283,27 @@ async def test_a_stop_finishes_what_is_in_flight() -> None:
     assert server.report.startswith("drained 1, aborted 0, in ")
 
 
+async def test_a_stop_waits_for_a_slow_reader_and_no_longer() -> None:
+    async def large(payload: Any) -> bytes:
+        return bytes(20_000_000)
+
+    server = serve(model_of(large), **HERE)
+    async with (
+        in_background(server) as ended,
+        Client(server.port, receive_buffer=4096) as client,
+    ):
+        await client.send(predict(1))
+        assert "connection" not in (await client.head()).headers
+        (connection,) = server._listener._connections
+        await until(lambda: connection.stalled)
+        server.stop()
+        # The head promised to stay; it is closed all the same.
+        assert len(await client.rest()) == 20_000_000
+        with anyio.fail_after(PATIENCE):
+            await ended.wait()
+    assert server.report.startswith("drained 1, aborted 0, in ")
+
+
 def idle_one(connection: Any) -> bool:
     return connection._phase.name in ("IDLE", "ANSWER")
 
@@ -505,6 +527,6 @@ async def test_cancellation_drains_and_leaves_nothing() -> None:
                 with anyio.fail_after(PATIENCE):
                     await finished.wait()
     assert server.report.startswith("drained 1, aborted 0, in ")
-    with socket.socket() as sock:  # the port is free again
-        sock.bind(("127.0.0.1", port))
+    (sock,) = listen_on("127.0.0.1", port)  # the port is free again
+    sock.close()
     assert await everything_open() == before

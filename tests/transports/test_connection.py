@@ -520,6 +520,21 @@ async def test_a_half_closed_client_of_a_large_answer_gets_all_of_it() -> None:
         assert (len(answer.body), answer.complete) == (20_000_000, True)
 
 
+async def test_a_client_that_half_closes_amid_the_answer() -> None:
+    async def large(payload: Any) -> bytes:
+        return bytes(20_000_000)
+
+    async with (
+        serving(large) as server,
+        Client(server.port, receive_buffer=4096) as client,
+    ):
+        await client.send(predict(1))
+        head = await client.head()
+        assert "connection" not in head.headers
+        client.half_close()
+        assert len(await client.rest()) == 20_000_000
+
+
 async def test_end_of_input_amid_a_request_closes() -> None:
     async with serving(echo) as server:
         for begun in (b"GET /", post(b"12345")[:-2], chunked(b"123")[:-5]):
