@@ -114,29 +114,21 @@ class Server:
 
     @asynccontextmanager
     async def _live(self) -> AsyncGenerator[None]:
-        failure: BaseException | None = None
         # Cancelled before it is entered if a stop at once is the first one.
         self._finishing = draining = anyio.CancelScope(shield=True)
-        async with anyio.create_task_group() as tasks:
-            self._listener = Listener(
-                Endpoints(self.dataplane).answer,
-                tasks=tasks,
-                limits=self.settings.connection,
-                wire_limits=self.settings.wire,
-            )
-            try:
-                await self._startup()
-                yield
-            except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001
-                # Raised again below: the task group would wrap it in a group.
-                failure = error
-            finally:
-                with draining:
-                    await self._shutdown()
-                with anyio.CancelScope(shield=True):
-                    await self._dismantle()
-        if failure is not None:
-            raise failure
+        self._listener = Listener(
+            Endpoints(self.dataplane).answer,
+            limits=self.settings.connection,
+            wire_limits=self.settings.wire,
+        )
+        try:
+            await self._startup()
+            yield
+        finally:
+            with draining:
+                await self._shutdown()
+            with anyio.CancelScope(shield=True):
+                await self._dismantle()
 
     async def _startup(self) -> None:
         model_dir = Path(self.settings.server.model_dir)

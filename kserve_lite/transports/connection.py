@@ -1,9 +1,9 @@
 """One accepted connection: an asyncio protocol around the wire codec.
 
-Reading is driven by the event loop, answering by one task a connection, which takes one
-request after the other, so that pipelined requests are answered in order. Every way in
-which a peer can hold the connection has a deadline; one lazy timer a connection checks
-them. A lost connection ends its own task and nothing else.
+Reading is driven by the event loop, answering by one task a request. The next request
+is looked at when the last one is answered, so that pipelined ones are answered in
+order. Every way in which a peer can hold the connection has a deadline; one lazy timer
+a connection checks them. A lost connection ends its own task and nothing else.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import enum
 import logging
 import math
 from typing import TYPE_CHECKING, cast
-
-import anyio
 
 from kserve_lite.rest.replies import error_reply
 from kserve_lite.transports.exchange import exchange, sent_headers
@@ -64,8 +62,6 @@ class Connection(asyncio.BufferedProtocol):
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._wire = Http1Connection(listener.wire_limits)
-        # Shielded: when the server's own task is cancelled, what is in flight finishes.
-        self._scope = anyio.CancelScope(shield=True)
         limits = listener.limits
         self._seconds = (  # what each phase may last, in the order of `_Phase`
             limits.timeout_keep_alive,
@@ -79,8 +75,8 @@ class Connection(asyncio.BufferedProtocol):
         self._direct = False
         self._request: Request | None = None
         self._body: Buffer = b""
-        self._complete = False
-        self._waiter: asyncio.Future[None] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._begun = False
         self._writable: asyncio.Future[None] | None = None
         self._paused = False
         self._gone = False
@@ -106,7 +102,6 @@ class Connection(asyncio.BufferedProtocol):
             self._refuse(self._wire.refuse(503, "The server has too many connections."))
             return
         self._wait(_IDLE)
-        self._listener.start_soon(self._serve)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         target = self._wire.body_buffer()
@@ -154,10 +149,12 @@ class Connection(asyncio.BufferedProtocol):
         self._deadline = self._write_deadline = math.inf
         if self._timer is not None:
             self._timer.cancel()
-        # Before the writer is woken: what is cancelled makes no further item.
-        self._scope.cancel()
+        if self._task is None:
+            self._listener.forget(self)
+        else:
+            # Before the writer is woken: what is cancelled makes no further item.
+            self.cancel()
         self.resume_writing()
-        self._listener.forget(self)
 
     # --- the stream that one exchange writes to ----------------------------------
 
@@ -196,6 +193,15 @@ class Connection(asyncio.BufferedProtocol):
         """Whether a request is being answered."""
         return self._phase in (_ANSWER, _HALF_CLOSED)
 
+    def cancel(self) -> None:
+        """Cancel the handler that answers, if any.
+
+        A task that is cancelled before its first step never runs at all, and so would
+        not clear up: it sees for itself that the peer is gone.
+        """
+        if self._task is not None and self._begun:
+            self._task.cancel()
+
     def finish(self) -> None:
         """Close as soon as nothing is in flight; answers say `connection: close`."""
         if self._phase is _IDLE:
@@ -203,38 +209,38 @@ class Connection(asyncio.BufferedProtocol):
 
     # --- requests ------------------------------------------------------------------
 
-    async def _serve(self) -> None:
-        with self._scope:
-            try:
-                while True:
-                    if not self._complete:
-                        self._waiter = self._loop.create_future()
-                        await self._waiter
-                    request, body = self._request, self._body
-                    self._request, self._body, self._complete = None, b"", False
-                    if request is None:
-                        return
-                    await exchange(self._listener.app, request, body, self)
-                    # Since the head promised to stay, a stop may have begun or the
-                    # peer may have said that it sends no more.
-                    leaves = self._listener.draining or self._eof
-                    if leaves or not self._wire.keep_alive:
-                        break
-                    self._came = 0
-                    self._wait(_IDLE)
-                    events = self._wire.next_cycle()
-                    if events or self._wire.surplus or self._paused:
-                        self._take(events)
-                        self._read_on()
-                    if self._complete:
-                        # Pipelined: the other connections get their turn in between.
-                        await asyncio.sleep(0)
-            except (asyncio.CancelledError, KeyboardInterrupt):
-                raise
-            except BaseException:  # the boundary: one connection, never its siblings
-                log.exception("a connection failed: a bug in kserve-lite")
-                self._transport.abort()
-        self._close()
+    async def _answer(self, request: Request, body: Buffer) -> None:
+        """Answer one request, in a task and so with context variables of its own."""
+        self._begun = True
+        try:
+            if not self._gone:
+                await exchange(self._listener.app, request, body, self)
+        except asyncio.CancelledError:
+            # By this connection: its peer is gone or may be, or the server stops. What
+            # is written already is still sent; a stream ends without its end.
+            self._wire.keep_alive = False
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # the boundary: one connection, never its siblings
+            log.exception("a connection failed: a bug in kserve-lite")
+            self._transport.abort()
+        self._task = None
+        if self._gone:
+            self._listener.forget(self)
+        # Since the head promised to stay, a stop may have begun or the peer may have
+        # said that it sends no more.
+        elif self._wire.keep_alive and not (self._listener.draining or self._eof):
+            self._await_next()
+        else:
+            self._close()
+
+    def _await_next(self) -> None:
+        self._came = 0
+        self._wait(_IDLE)
+        events = self._wire.next_cycle()
+        if events or self._wire.surplus or self._paused:
+            self._take(events)
+            self._read_on()
 
     def _read_on(self) -> None:
         """Read again once less than a head is kept: each read adds READ_SIZE to it."""
@@ -249,18 +255,25 @@ class Connection(asyncio.BufferedProtocol):
             elif type(event) is Data:
                 self._gather(event.data)
             elif type(event) is EndOfMessage:
-                self._complete = True
-                self._phase = _ANSWER
-                self._deadline = math.inf
-                if self._waiter is not None and not self._waiter.done():
-                    self._waiter.set_result(None)
+                self._begin_answer()
             elif type(event) is ContinueWanted:
                 self._transport.write(CONTINUE)
             elif type(event) is Refusal:
                 self._refuse(event)
                 return
-        if not self._complete and not self._gone:
+        if self._phase is not _ANSWER and not self._gone:
             self._await_the_rest()
+
+    def _begin_answer(self) -> None:
+        self._phase = _ANSWER
+        self._deadline = math.inf
+        request, body = self._request, self._body
+        self._request, self._body = None, b""
+        if request is not None:
+            # A bare task, not one of a task group, which costs some 10 us more; the
+            # listener waits for it all the same.
+            self._begun = False
+            self._task = self._loop.create_task(self._answer(request, body))
 
     def _gather(self, data: Buffer) -> None:
         """An announced body comes whole; a chunked one in pieces, within its limit."""
@@ -341,7 +354,7 @@ class Connection(asyncio.BufferedProtocol):
                     self._wire.refuse(408, "The request's body did not arrive in time.")
                 )
         elif self._phase is _HALF_CLOSED:
-            self._scope.cancel()
+            self.cancel()
         elif self._phase is _LINGER:
             self._transport.abort()
 

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 import anyio
 import anyio.lowlevel
-from anyio.abc import TaskGroup
 
 from kserve_lite.transports.connection import Connection
 from kserve_lite.transports.exchange import App
-from kserve_lite.transports.timeouts import READ_SIZE, ConnectionLimits
+from kserve_lite.transports.timeouts import (
+    CANCEL_AGAIN,
+    READ_SIZE,
+    ConnectionLimits,
+)
 from kserve_lite.wire.limits import WireLimits
 
 
 class Listener:
-    """Serves `app` on sockets that listen already, in the tasks of `tasks`."""
+    """Serves `app` on sockets that listen already."""
 
     def __init__(
         self,
         app: App,
         *,
-        tasks: TaskGroup,
         limits: ConnectionLimits | None = None,
         wire_limits: WireLimits | None = None,
     ) -> None:
@@ -35,7 +35,6 @@ class Listener:
         # One read buffer serves all connections: the selector loops and uvloop read
         # into it and report at once, before any other connection is looked at.
         self.scratch = memoryview(bytearray(READ_SIZE))
-        self._tasks = tasks
         self._connections: set[Connection] = set()
         self._servers: list[asyncio.Server] = []
         self._emptied: anyio.Event | None = None
@@ -47,9 +46,6 @@ class Listener:
             self._servers.append(
                 await loop.create_server(lambda: Connection(self), sock=sock)
             )
-
-    def start_soon(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        self._tasks.start_soon(function)
 
     def admit(self, connection: Connection) -> bool:
         """Take a new connection in; False: it must go, there are too many.
@@ -93,6 +89,11 @@ class Listener:
             server.close()
         for connection in list(self._connections):
             connection.abort()
-        # Transports report the loss in the loop's next turns.
+        # Transports report the loss in the loop's next turns. A handler may need its
+        # time to clean up; one that goes on in spite of it is cancelled again.
+        self._emptied = anyio.Event()
         while self._connections:
-            await anyio.lowlevel.checkpoint()
+            with anyio.move_on_after(CANCEL_AGAIN):
+                await self._emptied.wait()
+            for connection in list(self._connections):
+                connection.cancel()

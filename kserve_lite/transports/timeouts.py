@@ -37,6 +37,9 @@ class ConnectionLimits:
 # (RFC 9112 section 9.6).
 LINGER = 2.0
 
+# Seconds after which a handler that outlives its cancellation is cancelled once more.
+CANCEL_AGAIN = 1.0
+
 # A client that closes its sending side may still be waiting for the answer
 # (`shutdown`, `nc -N`) or may be gone: both look the same from here. It is answered if
 # that takes no longer than this, then the request is cancelled.
