@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import json
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
+import httpx
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -498,3 +501,43 @@ def test_framing_headers_of_a_handler_are_dropped() -> None:
         assert answer.body == b"{}"
         assert "connection" not in answer.headers
         assert not answer.chunked
+
+
+REQUEST_OF: contextvars.ContextVar[str] = contextvars.ContextVar("request_of")
+
+
+def test_context_variables_do_not_outlive_their_request() -> None:
+    async def predict(payload: dict[str, Any]) -> object:
+        before = REQUEST_OF.get("nobody")
+        REQUEST_OF.set(payload["who"])
+        return {"before": before}
+
+    with (
+        ServerThread(Model("m", predict=predict)) as server,
+        httpx.Client(base_url=server.url) as client,  # one kept connection
+    ):
+        for who in ("a", "b"):
+            answer = client.post("/v1/models/m:predict", json={"who": who})
+            assert answer.json() == {"before": "nobody"}
+
+
+def test_a_plain_generator_is_closed_when_its_client_leaves_amid_an_item() -> None:
+    inside, closed, go_on = (threading.Event() for _ in range(3))
+
+    def predict(payload: dict[str, Any]) -> Iterator[str]:
+        try:
+            yield "first"
+            inside.set()
+            go_on.wait(30)
+            yield "second"
+        finally:
+            closed.set()
+
+    with ServerThread(Model("m", predict=predict)) as server:
+        with httpx.Client(base_url=server.url) as client:
+            path = "/v1/models/m:predict"
+            with client.stream("POST", path, json={}) as answer:
+                assert next(answer.iter_text()) == "first"
+                assert inside.wait(30)
+        go_on.set()
+        assert closed.wait(30)

@@ -85,6 +85,11 @@ class DataPlane:
         self._checks = Offload(1, "kserve-lite-ready")
         self.accepting = True
 
+    @property
+    def running(self) -> int:
+        """How many threads are inside handlers; they cannot be stopped."""
+        return self.offload.running + self._checks.running
+
     def close(self) -> None:
         self.offload.close()
         self._checks.close()
@@ -276,26 +281,55 @@ class DataPlane:
                 if isinstance(items, AsyncGenerator):
                     await items.aclose()
             return
-        # The lock keeps close() from a generator that a thread is still inside of,
-        # when the client went away during an item.
-        lock = threading.Lock()
-        end = object()
-
-        def advance() -> Any:
-            with lock:
-                return next(items, end)
-
-        def close() -> None:
-            with lock:
-                items.close()  # type: ignore[attr-defined]
-
+        stream = _ThreadStream(items)
         try:
-            while (item := await self.offload.run(advance)) is not end:
+            while (item := await self.offload.run(stream.advance)) is not stream:
                 yield item
         finally:
-            if hasattr(items, "close"):
-                with anyio.CancelScope(shield=True):
-                    await self.offload.run(close)
+            if stream.leave():
+                self.offload.start(stream.close)
+
+
+class _ThreadStream:
+    """A plain iterator that threads advance and that may be left at any time.
+
+    A client may go away while a thread is inside an item, where the iterator cannot be
+    closed: then that thread closes it when the item is done.
+    """
+
+    def __init__(self, items: Iterator[Any]) -> None:
+        self._items = items
+        self._lock = threading.Lock()
+        self._left = False
+        self._ended = False
+
+    def advance(self) -> Any:
+        """The next item; the stream itself when there is none."""
+        with self._lock:
+            try:
+                item = next(self._items, self)
+            except BaseException:
+                self._ended = True
+                raise
+        self._ended = item is self
+        if self._left:
+            self.close()
+        return item
+
+    def leave(self) -> bool:
+        """Ask for no more items; return whether `close()` is still wanted."""
+        self._left = True
+        return not self._ended and hasattr(self._items, "close")
+
+    def close(self) -> None:
+        """Let a generator clean up, unless a thread is inside, which will."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._items.close()  # type: ignore[attr-defined]
+            except Exception:  # user code: nobody waits for it any more
+                log.exception("a generator failed while it was closed")
+            finally:
+                self._lock.release()
 
 
 def _log_latency(context: Context, milliseconds: dict[Stage, float]) -> None:

@@ -9,6 +9,7 @@ the pool until the function returns, and the result is dropped.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,11 @@ class Offload:
         return await asyncio.get_running_loop().run_in_executor(
             self._pool, context.run, self._call, function, args, kwargs
         )
+
+    def start(self, function: Callable[[], None]) -> None:
+        """Call `function` in a thread and wait for nothing; not at all once closed."""
+        with contextlib.suppress(RuntimeError):  # the pool's word for "closed"
+            self._pool.submit(self._call, function, (), {})
 
     def _call(
         self, function: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -72,7 +72,7 @@ def serve_process(models: tuple[Model, ...], settings: Settings) -> None:
             backend_options={"use_uvloop": _use_uvloop(settings.server.event_loop)},
         )
     finally:
-        if server.dataplane.offload.running:
+        if server.dataplane.running:
             _leave(server)
 
 
@@ -118,9 +118,7 @@ async def _watch_signals(
 def _leave(server: Server) -> None:
     """End a process whose handlers still run: Python would wait for them."""
     error = sys.exc_info()[1]
-    log.warning(
-        "%d handlers still run; leaving without them", server.dataplane.offload.running
-    )
+    log.warning("%d handlers still run; leaving without them", server.dataplane.running)
     if error is not None:
         line = " ".join(str(error).split())
         print(f"kserve-lite: {line}", file=sys.stderr)
