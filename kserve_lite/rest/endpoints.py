@@ -270,14 +270,7 @@ def _context(
             raise InvalidInput("x-request-timeout-ms must be a whole number.")
         milliseconds = min(int(timeout), MAX_TIMEOUT_MS)
         deadline = time.monotonic() + milliseconds / 1e3
-    return Context(
-        model_name=model.name,
-        model_version=model.version,
-        protocol=protocol,
-        headers=headers,
-        deadline=deadline,
-        gone=gone,
-    )
+    return Context(model.name, model.version, protocol, headers, deadline, gone)
 
 
 def _own_headers(context: Context) -> RawHeaders:

@@ -270,8 +270,8 @@ class Connection(asyncio.BufferedProtocol):
         request, body = self._request, self._body
         self._request, self._body = None, b""
         if request is not None:
-            # A bare task, 5 us, not one of a task group, 40 us; the listener waits for it
-            # all the same.
+            # A bare task, 5 us, not one of a task group, 40 us; the listener waits for
+            # it all the same.
             self._begun = False
             self._task = self._loop.create_task(self._answer(request, body))
 
