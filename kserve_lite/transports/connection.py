@@ -12,6 +12,7 @@ import asyncio
 import enum
 import logging
 import math
+import time
 from typing import TYPE_CHECKING, cast
 
 from kserve_lite.rest.replies import error_reply
@@ -104,15 +105,19 @@ class Connection(asyncio.BufferedProtocol):
         self._wait(_IDLE)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        target = self._wire.body_buffer()
-        self._direct = target is not None
-        return self._listener.scratch if target is None else target
+        if self._phase is _BODY:
+            target = self._wire.body_buffer()
+            self._direct = target is not None
+            if target is not None:
+                return target
+        return self._listener.scratch
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._phase is _LINGER:
             return
         self._came += nbytes
         if self._direct:
+            self._direct = False
             self._take(self._wire.body_received(nbytes))
         else:
             self._take(self._wire.receive(self._listener.scratch[:nbytes]))
@@ -164,7 +169,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._listener.draining or self._eof:
             self._wire.keep_alive = False
         parts = self._wire.send(*events)
-        if sum(map(len, parts)) <= JOIN_SIZE:
+        if parts and len(parts[-1]) <= JOIN_SIZE:  # a whole answer's body comes last
             self._transport.write(b"".join(parts))
         else:
             self._transport.writelines(parts)
@@ -209,11 +214,11 @@ class Connection(asyncio.BufferedProtocol):
 
     # --- requests ------------------------------------------------------------------
 
-    async def _answer(self, request: Request, body: Buffer) -> None:
+    async def _answer(self, request: Request | None, body: Buffer) -> None:
         """Answer one request, in a task and so with context variables of its own."""
         self._begun = True
         try:
-            if not self._gone:
+            if request is not None and not self._gone:
                 await exchange(self._listener.app, request, body, self)
         except asyncio.CancelledError:
             # By this connection: its peer is gone or may be, or the server stops. What
@@ -255,7 +260,14 @@ class Connection(asyncio.BufferedProtocol):
             elif type(event) is Data:
                 self._gather(event.data)
             elif type(event) is EndOfMessage:
-                self._begin_answer()
+                self._phase = _ANSWER
+                self._deadline = math.inf
+                request, body = self._request, self._body
+                self._request, self._body = None, b""
+                self._begun = False
+                # A bare task, 5 us, not one of a task group, 40 us; the listener
+                # waits for it all the same.
+                self._task = self._loop.create_task(self._answer(request, body))
             elif type(event) is ContinueWanted:
                 self._transport.write(CONTINUE)
             elif type(event) is Refusal:
@@ -263,17 +275,6 @@ class Connection(asyncio.BufferedProtocol):
                 return
         if self._phase is not _ANSWER and not self._gone:
             self._await_the_rest()
-
-    def _begin_answer(self) -> None:
-        self._phase = _ANSWER
-        self._deadline = math.inf
-        request, body = self._request, self._body
-        self._request, self._body = None, b""
-        if request is not None:
-            # A bare task, 5 us, not one of a task group, 40 us; the listener waits for
-            # it all the same.
-            self._begun = False
-            self._task = self._loop.create_task(self._answer(request, body))
 
     def _gather(self, data: Buffer) -> None:
         """An announced body comes whole; a chunked one in pieces, within its limit."""
@@ -299,8 +300,9 @@ class Connection(asyncio.BufferedProtocol):
             return
         retry = ((b"retry-after", b"1"),) if refusal.status == 503 else ()
         reply = error_reply(refusal.status, refusal.reason, retry)
+        headers = sent_headers(int(time.time()), reply.headers)
         body = cast("bytes", reply.body)
-        self.send(Response(STREAM, reply.status, sent_headers(reply), body))
+        self.send(Response(STREAM, reply.status, headers, body))
         self._wait(_LINGER)
         if self._transport.can_write_eof():
             self._transport.write_eof()

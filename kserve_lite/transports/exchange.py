@@ -60,13 +60,15 @@ async def exchange(app: App, request: Request, body: Buffer, stream: Stream) -> 
     chunks = reply.body
     stream_id = request.stream_id
     if isinstance(chunks, bytes):
-        stream.send(Response(stream_id, reply.status, sent_headers(reply), chunks))
+        headers = sent_headers(int(time.time()), reply.headers)
+        stream.send(Response(stream_id, reply.status, headers, chunks))
         if stream.stalled:
             await stream.drain()
         return
     async with aclosing(chunks):
         try:
-            stream.send(Response(stream_id, reply.status, sent_headers(reply)))
+            headers = sent_headers(int(time.time()), reply.headers)
+            stream.send(Response(stream_id, reply.status, headers))
             async for chunk in chunks:
                 stream.send(Data(stream_id, chunk))
                 await stream.drain()
@@ -80,12 +82,11 @@ async def exchange(app: App, request: Request, body: Buffer, stream: Stream) -> 
 _SERVER = (b"server", b"kserve-lite")
 
 
-def sent_headers(reply: Reply) -> RawHeaders:
-    """Date (RFC 9110 section 6.6.1), server, and the reply's own headers."""
-    return _sent_headers(int(time.time()), reply.headers)
-
-
 @lru_cache(maxsize=64)
-def _sent_headers(second: int, own: RawHeaders) -> RawHeaders:
+def sent_headers(second: int, own: RawHeaders) -> RawHeaders:
+    """Date (RFC 9110 section 6.6.1) of a second, server, and the reply's own headers.
+
+    The same object for the same second and headers: the wire remembers what it encoded.
+    """
     date = (b"date", formatdate(second, usegmt=True).encode("ascii"))
     return (date, _SERVER, *own)
