@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import anyio
@@ -102,6 +106,27 @@ def exchange(port: int, request: bytes, method: str = "POST") -> RawAnswer:
             elif isinstance(event, (h11.EndOfMessage, h11.ConnectionClosed)):
                 complete = isinstance(event, h11.EndOfMessage)
                 return RawAnswer(status, headers, body, complete)
+
+
+@contextmanager
+def running(*command: str, cwd: Path) -> Iterator[str]:
+    """Run a serving command on a free loopback port; yield its URL; it must exit 0."""
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(
+        [*command, "--host", "127.0.0.1", "--http_port", "0"],
+        cwd=cwd,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    try:
+        yield banner_url(process)
+    finally:
+        process.terminate()
+        assert process.stderr is not None
+        process.stderr.read()
+        process.stderr.close()
+        assert process.wait() == 0
 
 
 def banner_url(process: subprocess.Popen[str]) -> str:

@@ -12,15 +12,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from kserve_lite.rest.routes import ROUTES
 from kserve_lite.server.settings import known_settings
-from tests.support import ServerThread, banner_url
+from tests.support import ServerThread, running
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -68,26 +66,6 @@ def test_tables_are_up_to_date() -> None:
     assert README.read_text() == with_tables(README.read_text())
 
 
-@contextmanager
-def served(*command: str, cwd: Path) -> Iterator[str]:
-    """Run a serving command of the README on a free loopback port; yield its URL."""
-    process = subprocess.Popen(
-        [*command, "--host", "127.0.0.1", "--http_port", "0"],
-        cwd=cwd,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    try:
-        yield banner_url(process)
-    finally:
-        process.terminate()
-        assert process.stderr is not None
-        process.stderr.read()
-        process.stderr.close()
-        assert process.wait() == 0
-
-
 def as_run_here(command: str) -> list[str]:
     words = shlex.split(command)
     if words[0] == "python":
@@ -123,7 +101,7 @@ def test_the_first_program_answers_as_shown(folder: Path) -> None:
         if line.startswith("$ curl")
     ]
     assert len(shown) == 2
-    with served(*as_run_here("python app.py"), cwd=folder) as url:
+    with running(*as_run_here("python app.py"), cwd=folder) as url:
         for command, answer in shown:
             got, expected = curl(command, url, folder), json.loads(answer)
             assert isinstance(got, dict)
@@ -137,7 +115,7 @@ def test_the_first_program_answers_as_shown(folder: Path) -> None:
     "command", [c for c in commands() if re.match(r"(python|kserve-lite) .*app", c)]
 )
 def test_serving_commands(command: str, folder: Path) -> None:
-    with served(*as_run_here(command), cwd=folder) as url:
+    with running(*as_run_here(command), cwd=folder) as url:
         models = curl("curl http://127.0.0.1:8080/v1/models", url, folder)
         assert models == {"models": ["doubler"]}
 
@@ -156,7 +134,7 @@ def test_make_commands_exist_and_serve_the_digits_example() -> None:
         assert "error" not in dry.stderr.lower()
     (digits,) = [c for c in commands() if "examples/digits/input.json" in c]
     serve = [sys.executable, "examples/digits/app.py"]
-    with served(*serve, cwd=ROOT) as url:
+    with running(*serve, cwd=ROOT) as url:
         answer = curl(digits, url, ROOT)
         assert isinstance(answer, dict)
         assert answer["predictions"][0]["digit"] == 3

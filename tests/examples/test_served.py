@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +20,11 @@ from torchvision.models import (  # type: ignore[import-untyped]
     alexnet,
 )
 
-from tests.support import banner_url
+from tests.support import running
 
 ROOT = Path(__file__).parents[2]
 ALEXNET = ROOT / "examples" / "alexnet"
 DIGITS = ROOT / "examples" / "digits"
-
-
-@contextmanager
-def running(app: Path, *flags: str) -> Iterator[str]:
-    process = subprocess.Popen(
-        [sys.executable, app, "--host", "127.0.0.1", "--http_port", "0", *flags],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    try:
-        yield banner_url(process)
-    finally:
-        process.terminate()
-        assert process.stderr is not None
-        process.stderr.read()
-        process.stderr.close()
-        assert process.wait() == 0
 
 
 def post(url: str, path: str, body: bytes) -> Any:
@@ -53,7 +34,7 @@ def post(url: str, path: str, body: bytes) -> Any:
 
 
 def test_digits_on_both_protocols() -> None:
-    with running(DIGITS / "app.py") as url:
+    with running(sys.executable, "app.py", cwd=DIGITS) as url:
         v1 = post(
             url, "/v1/models/digits:predict", (DIGITS / "input.json").read_bytes()
         )
@@ -81,7 +62,9 @@ def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alexnet_url(seeded: Path) -> Iterator[str]:
-    with running(ALEXNET / "app.py", "--model_dir", str(seeded)) as url:
+    with running(
+        sys.executable, "app.py", "--model_dir", str(seeded), cwd=ALEXNET
+    ) as url:
         yield url
 
 
