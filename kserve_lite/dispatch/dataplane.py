@@ -42,7 +42,7 @@ trace = logging.getLogger("kserve_lite.trace")
 
 # Globals, since reading a member off its class costs 0.12 us in Python 3.11.
 _READY = Phase.READY
-_AWAIT, _THREAD, _GENERATOR = Call
+_, _THREAD, _GENERATOR = Call
 
 # A `ready` handler that takes longer is as good as not ready; kubelet's default probe
 # timeout is 1 s.

@@ -160,7 +160,6 @@ class Server:
         self.stop()
         started = time.monotonic()
         in_flight = self._listener.in_flight
-        aborted = in_flight
         try:
             with anyio.move_on_after(self.settings.server.grace_period):
                 await self._listener.drain()

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kserve_lite")
 
-# Pieces of an answer are joined into one write up to this size; beyond it the copy
+# A body up to this size is joined with its head into one write; beyond it the copy
 # costs more than a second buffer for the kernel.
 JOIN_SIZE = 64 * 1024
 
@@ -93,9 +93,8 @@ class Connection(asyncio.BufferedProtocol):
     # --- called by the event loop -----------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(
-            "asyncio.Transport", transport
-        )  # uvloop's is no subclass
+        # A cast, since uvloop's is no subclass.
+        self._transport = cast("asyncio.Transport", transport)
         if not self._listener.admit(self):
             if self._listener.crowded or self._listener.draining:
                 self._transport.abort()

@@ -5,7 +5,6 @@ The same for every HTTP version: what differs is behind `Stream`.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -24,8 +23,6 @@ from kserve_lite.wire.events import (
     Request,
     Response,
 )
-
-log = logging.getLogger("kserve_lite")
 
 App: TypeAlias = Callable[[Request, Buffer, Callable[[], bool]], Awaitable[Reply]]
 

@@ -6,7 +6,6 @@ import asyncio
 import socket
 
 import anyio
-import anyio.lowlevel
 
 from kserve_lite.transports.connection import Connection
 from kserve_lite.transports.exchange import App
