@@ -29,6 +29,7 @@ LAYERS = {
     "kserve_lite.registry": 3,
     "kserve_lite.dispatch": 4,
     "kserve_lite.rest": 5,
+    "kserve_lite.rpc": 5,
     "kserve_lite.transports": 6,
     "kserve_lite.server": 7,
     "kserve_lite.cli": 8,
@@ -44,8 +45,16 @@ ORDER = [
 ]
 
 THIRD_PARTY = {
-    "anyio": {"kserve_lite.dispatch", "kserve_lite.transports", "kserve_lite.server"},
+    "anyio": {
+        "kserve_lite.dispatch",
+        "kserve_lite.rpc",
+        "kserve_lite.transports",
+        "kserve_lite.server",
+    },
     "h11": {"kserve_lite.wire"},
+    "hpack": {"kserve_lite.wire"},
+    "grpclib": {"kserve_lite.rpc"},
+    "google": {"kserve_lite.codecs.proto", "kserve_lite.codecs.v2_protobuf"},
     "orjson": {"kserve_lite.codecs", "kserve_lite.rest"},
     "simdjson": {"kserve_lite.codecs"},
     "numpy": {
@@ -59,6 +68,12 @@ THIRD_PARTY = {
 }
 # These cost time and memory: imported where used, or for types only.
 LATE = {"numpy", "simdjson", "ml_dtypes", "torch"}
+# These import grpclib and protobuf, and so are themselves imported where used.
+LATE_MODULES = (
+    "kserve_lite.rpc",
+    "kserve_lite.codecs.proto",
+    "kserve_lite.codecs.v2_protobuf",
+)
 
 
 def modules() -> dict[str, Path]:
@@ -132,6 +147,16 @@ def test_third_party_packages_stay_where_they_belong(module: str) -> None:
             f"{module} imports {package}, which belongs to {places}"
         )
         assert not (package in LATE and at_once), f"{module} imports {package} early"
+
+
+@pytest.mark.parametrize("module", modules())
+def test_grpc_is_imported_where_it_is_used(module: str) -> None:
+    if module.startswith(LATE_MODULES):
+        return
+    for imported, at_once in imports(ast.parse(modules()[module].read_text())):
+        assert not (at_once and imported.startswith(LATE_MODULES)), (
+            f"{module} imports {imported} early"
+        )
 
 
 def test_the_rule_bites() -> None:

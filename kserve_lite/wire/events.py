@@ -39,12 +39,18 @@ class Headers(dict[str, str]):
 
 
 class Request(NamedTuple):
-    """A request's head is complete. `target` is the path with its query, as sent."""
+    """The head of a request, or all of it. `target` is the path with its query.
+
+    With `body`, which may be empty, it is the whole request and no event follows: so
+    small requests come, one event instead of three. Without, `Data` and `EndOfMessage`
+    do.
+    """
 
     stream_id: int
     method: str
     target: str
     headers: Headers
+    body: Buffer | None = None
 
 
 class Response(NamedTuple):
@@ -75,6 +81,24 @@ class EndOfMessage(NamedTuple):
     stream_id: int
 
 
+class Trailers(NamedTuple):
+    """Fields after the body of an answer, which end the message (HTTP/2 only)."""
+
+    stream_id: int
+    headers: RawHeaders
+
+
+class Reset(NamedTuple):
+    """One stream ends at once, its message incomplete; the others go on (HTTP/2 only).
+
+    From the peer: whatever answers the stream is to be cancelled. To the peer: the
+    same, told by an error code of RFC 9113 section 7.
+    """
+
+    stream_id: int
+    error_code: int
+
+
 class ContinueWanted(NamedTuple):
     """The peer waits for 100 Continue before it sends the body (RFC 9110 10.1.1)."""
 
@@ -82,9 +106,11 @@ class ContinueWanted(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """The peer broke the protocol or a limit. The connection cannot go on.
+    """The peer broke the protocol or a limit.
 
-    `status` is the answer it gets first; None: close without a word.
+    In HTTP/1.1 the connection cannot go on: `status` is the answer it gets first; None:
+    close without a word. In HTTP/2 a `stream_id` of 0 with status None means the same,
+    any other means that this stream gets `status` as its answer.
     """
 
     stream_id: int
@@ -92,5 +118,5 @@ class Refusal(NamedTuple):
     reason: str
 
 
-Event: TypeAlias = Request | Data | EndOfMessage | ContinueWanted | Refusal
-Outgoing: TypeAlias = Response | Data | EndOfMessage
+Event: TypeAlias = Request | Data | EndOfMessage | Reset | ContinueWanted | Refusal
+Outgoing: TypeAlias = Response | Data | EndOfMessage | Trailers | Reset
