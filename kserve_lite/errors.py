@@ -21,6 +21,7 @@ class Kind(enum.Enum):
     NOT_FOUND = "there is no such model or version"
     NOT_READY = "the model or server cannot answer yet, or no longer: try later"
     UNSUPPORTED = "the model or server does not do this"
+    FORBIDDEN = "the caller may not do this"
     OVERLOADED = "too much is waiting: try later"
     DEADLINE_EXCEEDED = "the time that the caller gave has passed"
     CANCELLED = "the caller went away"
@@ -98,6 +99,12 @@ class UnsupportedProtocol(Unsupported):
         super().__init__(f"Unsupported protocol {protocol_version}.")
 
 
+class Forbidden(InferenceFault):
+    """The caller may not do what it asks for (403, PERMISSION_DENIED)."""
+
+    kind = Kind.FORBIDDEN
+
+
 class Overloaded(InferenceFault):
     """More is waiting than the server may hold (503, UNAVAILABLE)."""
 
@@ -134,6 +141,7 @@ class ModelFailed(InferenceFault):
         text = exposed or "The model failed to answer."
         super().__init__(f"{text} The server's log has more under {request_id}.")
         self.request_id = request_id
+        self.exposed = exposed
 
 
 class ModelDefinitionError(KServeLiteError, TypeError):

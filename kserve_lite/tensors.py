@@ -115,7 +115,7 @@ class TensorSpec:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: see messages.py
 class Tensor:
     """A named array with its protocol datatype.
 

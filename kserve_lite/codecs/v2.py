@@ -201,7 +201,9 @@ def _flat(tensor: Tensor) -> Any:
 def response_of(value: dict[str, Any]) -> InferResponse:
     """Read a V2-shaped dict that a handler returned, its data nested or flat.
 
-    Raises ValueError, in words for the author of the model, where it is no response.
+    Its data may also be shaped as in gRPC's messages, as KServe's SDK wants it there:
+    `"contents": {"fp32_contents": [...]}`. Raises ValueError, in words for the author
+    of the model, where it is no response.
     """
     outputs = value.get("outputs")
     if not isinstance(outputs, list):
@@ -210,7 +212,9 @@ def response_of(value: dict[str, Any]) -> InferResponse:
     for index, output in enumerate(outputs):
         try:
             name, shape = output["name"], output["shape"]
-            datatype, data = output["datatype"].upper(), output["data"]
+            datatype = output["datatype"].upper()
+            contents = output.get("contents")
+            data = output["data"] if contents is None else _contents(contents)
             array = _stated(data, datatype, name).reshape(shape)
             parameters = output.get("parameters") or {}
         except (
@@ -231,6 +235,18 @@ def response_of(value: dict[str, Any]) -> InferResponse:
         model_version=None if version is None else str(version),
         parameters=value.get("parameters") or {},
     )
+
+
+def _contents(contents: dict[str, Any]) -> Any:
+    """The data of an output that is written like gRPC's InferTensorContents."""
+    filled = [name for name, values in contents.items() if len(values)]
+    if len(filled) > 1 or any(not name.endswith("_contents") for name in contents):
+        raise ValueError('"contents" holds one list, fp32_contents say')
+    if filled == ["bytes_contents"]:
+        import numpy as np
+
+        return np.array([*contents["bytes_contents"], None], object)[:-1]
+    return contents[filled[0]] if filled else []
 
 
 def _stated(data: Any, datatype: str, name: str) -> np.ndarray:

@@ -13,7 +13,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +30,12 @@ from kserve_lite.errors import (
     DeadlineExceeded,
     InferenceFault,
     ModelFailed,
+    ModelNotFound,
     ModelNotReady,
+    ServerNotReady,
     Unsupported,
 )
-from kserve_lite.handlers import Call, Function, Handler, Stage
+from kserve_lite.handlers import Call, Form, Function, Handler, Stage
 from kserve_lite.messages import Answer, Context, StreamAnswer
 from kserve_lite.model import Model, Phase, Plan
 from kserve_lite.registry import Registry
@@ -41,7 +44,7 @@ log = logging.getLogger("kserve_lite")
 trace = logging.getLogger("kserve_lite.trace")
 
 # Globals, since reading a member off its class costs 0.12 us in Python 3.11.
-_READY = Phase.READY
+_READY, _UNLOADED = Phase.READY, Phase.UNLOADED
 _, _THREAD, _GENERATOR = Call
 
 # A `ready` handler that takes longer is as good as not ready; kubelet's default probe
@@ -79,11 +82,57 @@ class DataPlane:
     def __init__(self, registry: Registry, settings: DispatchSettings) -> None:
         self.registry = registry
         self.settings = settings
+        self._timed = settings.enable_latency_logging
         self.offload = Offload(settings.max_asyncio_workers or default_workers())
         # `def ready` checks have a thread of their own: they must not wait behind
         # predictions.
         self._checks = Offload(1, "kserve-lite-ready")
-        self.accepting = True
+        self._accepting = True
+        self._change = asyncio.Event()
+        self._idle: set[anyio.CancelScope] = set()
+        # One load or unload by name at a time: they walk a model's phases.
+        self._control = asyncio.Lock()
+
+    @property
+    def accepting(self) -> bool:
+        """Whether the server is to take requests; False from when a stop is asked."""
+        return self._accepting
+
+    @accepting.setter
+    def accepting(self, accepting: bool) -> None:
+        self._accepting = accepting
+        self._changed()
+        if not accepting:
+            for scope in self._idle:
+                scope.cancel()
+
+    def change(self) -> asyncio.Event:
+        """An event that is set when a model was loaded or unloaded, or a stop begins.
+
+        Of a model's own `ready` handler nothing is told: it can only be asked.
+        """
+        return self._change
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """What waits in here waits for a client, and so need not be finished at a stop.
+
+        Raises ServerNotReady when a stop begins, or has begun.
+        """
+        if not self._accepting:
+            raise ServerNotReady
+        with anyio.CancelScope() as scope:
+            self._idle.add(scope)
+            try:
+                yield
+            finally:
+                self._idle.discard(scope)
+        if scope.cancelled_caught:
+            raise ServerNotReady
+
+    def _changed(self) -> None:
+        self._change.set()
+        self._change = asyncio.Event()
 
     @property
     def running(self) -> int:
@@ -96,12 +145,13 @@ class DataPlane:
 
     async def ready(self) -> bool:
         """Whether every model is ready; False with no model and while stopping."""
-        if not self.accepting or not len(self.registry):
+        if not self.accepting:
             return False
-        for model in self.registry:
+        served = [model for model in self.registry if model.phase is not _UNLOADED]
+        for model in served:
             if not await self.model_ready(model):
                 return False
-        return True
+        return bool(served)
 
     async def model_ready(self, model: Model) -> bool:
         """Whether the model is loaded and its `ready` handler, if any, says yes."""
@@ -128,6 +178,7 @@ class DataPlane:
             model.enter(Phase.FAILED)
             raise
         model.enter(Phase.READY, state)
+        self._changed()
         log.info("loaded %s in %.2f s", model.name, time.perf_counter() - started)
 
     async def unload(self, model: Model) -> None:
@@ -141,6 +192,57 @@ class DataPlane:
         finally:
             if model.phase is not Phase.UNLOADED:
                 model.enter(Phase.UNLOADED)
+            self._changed()
+
+    async def load_named(self, name: str) -> None:
+        """Load every version of a model again: unload what is loaded, then load.
+
+        Requests meanwhile meet a model that is not ready. Raises ModelNotFound,
+        ModelNotReady where a load handler fails, which is logged, and ServerNotReady
+        while the server stops. A caller that goes away leaves the model failed.
+        """
+        async with self._control:
+            if not self.accepting:
+                raise ServerNotReady
+            for model in self._versions(name):
+                if model.phase in (Phase.FROZEN, Phase.LOADING):  # the server's start
+                    raise ModelNotReady(name)
+                if model.phase is Phase.READY:
+                    await self.unload(model)
+                try:
+                    await self.load(model)
+                except (Exception, SystemExit) as error:  # user code
+                    log.exception("loading model %s failed", name)
+                    self._changed()
+                    raise ModelNotReady(name) from error
+
+    async def unload_named(self, name: str) -> None:
+        """Unload every version of a model; raises ModelNotFound where none is served.
+
+        From then on it is as if the model did not exist, until it is loaded again.
+        """
+        async with self._control:
+            served = [m for m in self._versions(name) if m.phase is not _UNLOADED]
+            if not served:
+                raise ModelNotFound(name)
+            for model in served:
+                await self.unload(model)
+
+    def _versions(self, name: str) -> list[Model]:
+        self.registry.get(name)
+        return [model for model in self.registry if model.name == name]
+
+    def names(self) -> list[str]:
+        """The names of the models, ready or not, less those that were unloaded."""
+        served = {model.name for model in self.registry if model.phase is not _UNLOADED}
+        return [name for name in self.registry.names() if name in served]
+
+    def get(self, name: str, version: str | None = None) -> Model:
+        """Return a model, ready or not; raise ModelNotFound, also once unloaded."""
+        model = self.registry.get(name, version)
+        if model.phase is _UNLOADED:
+            raise ModelNotFound(name, version)
+        return model
 
     def find(self, name: str, version: str | None = None) -> Model:
         """Return a loaded model; raise ModelNotFound or ModelNotReady.
@@ -149,6 +251,8 @@ class DataPlane:
         """
         model = self.registry.get(name, version)
         if model.phase is not _READY:
+            if model.phase is _UNLOADED:
+                raise ModelNotFound(name, version)
             raise ModelNotReady(name)
         return model
 
@@ -157,63 +261,75 @@ class DataPlane:
         if not await self.model_ready(model):
             raise ModelNotReady(model.name)
 
-    def infer(
+    async def infer(
         self, model: Model, plan: Plan, payload: Any, context: Context
-    ) -> Awaitable[Answer]:
+    ) -> Answer:
         """Run a model's handlers on a payload.
 
         plan: the model's plan for a verb. payload: an InferRequest, or decoded JSON
         where the plan's first handler takes JSON on V1.
         Raises InferenceFault, and nothing else of what handlers raise.
         """
-        run = self._run if context.deadline is None else self._run_in_time
-        return run(model, plan, payload, context)
-
-    async def _run_in_time(
-        self, model: Model, plan: Plan, payload: Any, context: Context
-    ) -> Answer:
         try:
-            with anyio.fail_after(context.remaining()):
-                return await self._run(model, plan, payload, context)
-        except TimeoutError as error:
-            raise DeadlineExceeded from error
-
-    async def _run(
-        self, model: Model, plan: Plan, payload: Any, context: Context
-    ) -> Answer:
-        try:
-            timed = self.settings.enable_latency_logging
-            milliseconds: dict[Stage, float] = {}
-            value: Any = payload
             entry = plan[0]
-            for handler in plan:
-                started = time.perf_counter() if timed else 0.0
-                if handler.is_plain:  # the shortest way, for the most frequent handler
-                    value = await handler.function(value)
-                else:
-                    bind = request_arguments if handler is entry else stage_arguments
-                    value = self._call(handler, bind(handler, value), model, context)
-                    if handler.call is not _GENERATOR:
-                        value = await value
-                if timed:
-                    milliseconds[handler.stage] = (time.perf_counter() - started) * 1e3
-            if timed:
-                _log_latency(context, milliseconds)
-            if context.protocol == "v1" and _streams(value):
-                return StreamAnswer(self._stream(value))
+            if context.deadline is not None:
+                value = await self._run_in_time(plan, payload, model, context)
+            elif entry.is_plain and len(plan) == 1 and not self._timed:
+                # The shortest way, for the most frequent model.
+                value = await entry.function(payload)
+            else:
+                value = await self._run_stages(plan, payload, model, context)
+            if context.protocol != "v2" and _streams(value):
+                items = self._stream(value)
+                if context.protocol == "grpc":
+                    items = self._answers(items, model, entry.form, context, payload)
+                return StreamAnswer(items)
             return answer_of(value, model, entry.form, context, payload)
         except InferenceFault:
             raise
-        except asyncio.CancelledError as error:
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            raise self._fault(model, context, error) from error
+
+    def _fault(
+        self, model: Model, context: Context, error: BaseException
+    ) -> InferenceFault:
+        """What an exception of user code, which may be any, is to the caller.
+
+        Raises CancelledError again where somebody cancelled the request.
+        """
+        if isinstance(error, asyncio.CancelledError):
             task = asyncio.current_task()
             if task is None or task.cancelling():
-                raise
+                raise error
             # Nobody cancelled this request: the handler raised it by itself.
-            raise self.model_failed(model, context, error) from error
-        except (Exception, SystemExit) as error:  # user code may raise anything
-            if isinstance(error, NotImplementedError):
-                raise Unsupported(str(error) or "Not implemented.") from error
-            raise self.model_failed(model, context, error) from error
+        if isinstance(error, NotImplementedError):
+            return Unsupported(str(error) or "Not implemented.")
+        return self.model_failed(model, context, error)
+
+    async def _run_in_time(
+        self, plan: Plan, payload: Any, model: Model, context: Context
+    ) -> Any:
+        with anyio.move_on_after(context.remaining()):
+            return await self._run_stages(plan, payload, model, context)
+        raise DeadlineExceeded
+
+    async def _run_stages(
+        self, plan: Plan, payload: Any, model: Model, context: Context
+    ) -> Any:
+        timed = self._timed
+        milliseconds: dict[Stage, float] = {}
+        value = payload
+        for handler in plan:
+            started = time.perf_counter() if timed else 0.0
+            bind = request_arguments if handler is plan[0] else stage_arguments
+            value = self._call(handler, bind(handler, value), model, context)
+            if handler.call is not _GENERATOR:
+                value = await value
+            if timed:
+                milliseconds[handler.stage] = (time.perf_counter() - started) * 1e3
+        if timed:
+            _log_latency(context, milliseconds)
+        return value
 
     def model_failed(
         self, model: Model, context: Context, error: BaseException
@@ -267,6 +383,24 @@ class DataPlane:
         if inspect.isawaitable(result):
             return await result
         return result
+
+    async def _answers(
+        self,
+        items: AsyncGenerator[Any, None],
+        model: Model,
+        form: Form,
+        context: Context,
+        payload: Any,
+    ) -> AsyncGenerator[Answer, None]:
+        """Each item as an answer of its own (gRPC); raises InferenceFault."""
+        try:
+            async with aclosing(items):
+                async for item in items:
+                    yield answer_of(item, model, form, context, payload)
+        except InferenceFault:
+            raise
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            raise self._fault(model, context, error) from error
 
     async def _stream(
         self, items: AsyncIterator[Any] | Iterator[Any]

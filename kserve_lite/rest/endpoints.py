@@ -109,16 +109,15 @@ class Endpoints:
         )
 
     async def model_names(self, *_: Any) -> Reply:
-        return json_reply(orjson.dumps({"models": self.dataplane.registry.names()}))
+        return json_reply(orjson.dumps({"models": self.dataplane.names()}))
 
     async def model_metadata(self, request: Request, leads_to: Match, *_: Any) -> Reply:
-        registry = self.dataplane.registry
-        model = registry.get(leads_to.model, leads_to.version)
+        model = self.dataplane.get(leads_to.model, leads_to.version)
         return json_reply(
             orjson.dumps(
                 {
                     "name": model.name,
-                    "versions": registry.versions(model.name),
+                    "versions": self.dataplane.registry.versions(model.name),
                     "platform": "python",
                     "inputs": [_tensor_metadata(spec) for spec in model.inputs],
                     "outputs": [_tensor_metadata(spec) for spec in model.outputs],
@@ -127,7 +126,7 @@ class Endpoints:
         )
 
     async def v1_ready(self, request: Request, leads_to: Match, *_: Any) -> Reply:
-        model = self.dataplane.registry.get(leads_to.model, leads_to.version)
+        model = self.dataplane.get(leads_to.model, leads_to.version)
         await self.dataplane.check(model)
         return json_reply(orjson.dumps({"name": model.name, "ready": True}))
 
@@ -141,9 +140,10 @@ class Endpoints:
         gone: Callable[[], bool],
         verb: Stage = _PREDICT,
     ) -> Reply:
-        model = self.dataplane.find(leads_to.model)
+        dataplane = self.dataplane
+        model = dataplane.find(leads_to.model)
         if model.is_checked:
-            await self.dataplane.check(model)
+            await dataplane.check(model)
         plan = model.plan(verb)
         if not plan:
             raise Unsupported(f"Model {model.name} has no {verb} handler.")
@@ -159,7 +159,7 @@ class Endpoints:
                 datatype_of=lambda name: declared_datatype(entry, name),
                 unnamed=unnamed_input(entry),
             )
-        answer = await self.dataplane.infer(model, plan, payload, context)
+        answer = await dataplane.infer(model, plan, payload, context)
         try:
             own = _own_headers(context) if context.response_headers else ()
             if isinstance(answer, JsonAnswer):

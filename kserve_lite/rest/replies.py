@@ -16,6 +16,7 @@ STATUS: dict[Kind, int] = {
     Kind.NOT_FOUND: 404,
     Kind.NOT_READY: 503,
     Kind.UNSUPPORTED: 501,
+    Kind.FORBIDDEN: 403,
     Kind.OVERLOADED: 503,
     Kind.DEADLINE_EXCEEDED: 504,
     Kind.CANCELLED: 503,

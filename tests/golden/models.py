@@ -38,6 +38,7 @@ hdrstr = Model("hdrstr")
 ret = Model("ret")
 v2dict = Model("v2dict")
 show = Model("show")
+loadable = Model("loadable")
 
 
 @echo.predict
@@ -174,6 +175,17 @@ async def v2dict_predict(payload: InferRequest | dict[str, Any]) -> object:
     match payload.parameters.get("kind", "ok"):
         case "ok":
             return answer
+        case "noid":
+            return {"outputs": [numbers]}
+        case "grpcdict":
+            typed = {"name": "o", "shape": [2], "datatype": "INT32"}
+            return answer | {
+                "outputs": [typed | {"contents": {"int_contents": [1, 2]}}]
+            }
+        case "nodata":
+            return answer | {
+                "outputs": [{"name": "o", "shape": [3], "datatype": "INT32"}]
+            }
         case "list":
             return [1]
         case "bytes":
@@ -230,4 +242,9 @@ async def show_predict(payload: Payload, headers: dict[str, str]) -> object:
     }
 
 
-MODELS = (echo, util, meta, notready, boom, hdr, hdrstr, ret, v2dict, show)
+@loadable.predict
+async def loadable_predict(payload: dict[str, Any] | InferRequest) -> object:
+    return await echo_predict(payload)
+
+
+MODELS = (echo, util, meta, notready, boom, hdr, hdrstr, ret, v2dict, show, loadable)

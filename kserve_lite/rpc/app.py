@@ -1,0 +1,70 @@
+"""The gRPC API as one thing: a request's head and its stream in, a call answered.
+
+`Rpc.answer` is to gRPC what `rest.endpoints.Endpoints.answer` is to REST.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grpclib.encoding.proto import ProtoCodec
+from grpclib.events import _DispatchServerEvents
+from grpclib.server import request_handler
+
+from kserve_lite.dispatch.dataplane import DataPlane
+from kserve_lite.rpc.call import Call, CallStream
+from kserve_lite.rpc.health import SERVICE as HEALTH
+from kserve_lite.rpc.health import HealthService
+from kserve_lite.rpc.inference import SERVICE as INFERENCE
+from kserve_lite.rpc.inference import InferenceService
+from kserve_lite.rpc.reflection import ReflectionService
+from kserve_lite.wire.events import Request
+
+_REFLECTIONS = ("v1", "v1alpha")
+
+
+class Rpc:
+    """Answers the gRPC calls of a server.
+
+    max_message_size: bytes of one request message, inflated or not.
+    model_control: whether clients elsewhere may load and unload models.
+    """
+
+    def __init__(
+        self, dataplane: DataPlane, *, max_message_size: int, model_control: bool
+    ) -> None:
+        self._limit = max_message_size
+        self._codec = ProtoCodec()  # only for the content type that it stands for
+        self._events = _DispatchServerEvents()
+        self._mapping = InferenceService(
+            dataplane, model_control=model_control
+        ).methods()
+        self._mapping |= HealthService(dataplane).methods()
+        names = [f"grpc.reflection.{v}.ServerReflection" for v in _REFLECTIONS]
+        for version in _REFLECTIONS:
+            services = (INFERENCE, HEALTH, *names)
+            reflection = ReflectionService(version, services, dataplane.idle)
+            self._mapping |= reflection.methods()
+
+    async def answer(self, request: Request, stream: CallStream) -> None:
+        """Run one call on its stream; raises nothing but CancelledError.
+
+        Then the peer has gone or the server gives up, and nothing is sent.
+        """
+        headers = request.headers
+        call: Any = Call(stream, request, self._limit)
+        # Only what grpclib decides by. It decodes metadata and deadlines strictly and
+        # logs what a peer does wrong there as our fault; `Call` does both instead.
+        known = [
+            (":method", request.method),
+            (":path", request.target),
+            ("content-type", headers.get("content-type", "")),
+            ("te", headers.get("te", "")),
+        ]
+        await request_handler(
+            self._mapping, call, known, self._codec, None, self._events, _nothing
+        )
+
+
+def _nothing() -> None:
+    """grpclib's hook for the end of a call: the transport sees that by itself."""
