@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, LEFT, RIGHT, ROW, TOP = 720, 130, 110, 44, 64
+WIDTH, LEFT, RIGHT, ROW, TOP = 720, 144, 110, 44, 64
 STYLE = (
     "text{font:14px sans-serif;fill:#222}.small{font-size:12px;fill:#666}"
     ".bar{fill:#b8c4d6}.first{fill:#2f6db5}line{stroke:#222;stroke-width:2}"

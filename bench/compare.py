@@ -1,4 +1,4 @@
-"""Compare kserve-lite with KServe on this machine, in one run, with wrk.
+"""Compare kserve-lite with KServe on this machine, in one run, with wrk and h2load.
 
 `python bench/compare.py [--case v1-echo ...]` starts one process of each server on a
 free loopback port, checks that all give the same answer to the same request, then
@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
-import json
-import math
 import os
 import signal
 import socket
@@ -26,13 +24,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import answers
+import loaders
 import machine
 import report
-from cases import CASES, Case
+from cases import CASES, Case, Load
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -42,16 +42,24 @@ KSERVE_PYTHON = HERE / ".kserve-venv" / "bin" / "python"
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A server of the comparison; `{handler}` and `{port}` are filled into `argv`."""
+    """A server of the comparison, and how it is loaded.
+
+    `{handler}`, `{port}` and `{grpc_port}` are filled into `argv`.
+    """
 
     name: str
     python: Path
     argv: tuple[str, ...]
+    load: Load
+
+    @property
+    def is_lite(self) -> bool:
+        return self.argv[0] == "serve_lite.py"
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one run of wrk saw, and how much of the machine each side took."""
+    """What one run of wrk or h2load saw, and how much of the machine each side took."""
 
     requests_per_second: float
     p50_ms: float
@@ -59,7 +67,7 @@ class Round:
     max_ms: float
     errors: int
     server_cpu: float  # cores
-    wrk_cpu: float  # cores
+    client_cpu: float  # cores, of wrk or h2load
     other_cpu: float  # cores taken by whatever else ran here
     cpu_us_per_request: float
 
@@ -71,6 +79,7 @@ class Server:
     contender: Contender
     process: subprocess.Popen[bytes]
     port: int
+    grpc_port: int  # of KServe; kserve-lite has one port for everything
     ready_seconds: float = 0.0
     idle_kib: int = 0
     loaded_kib: int = 0
@@ -79,17 +88,24 @@ class Server:
     rounds: list[Round] = field(default_factory=list)
 
 
-def contenders(lite_python: Path, only: str | None) -> list[Contender]:
-    lite = ("serve_lite.py", "{handler}", "--http_port", "{port}", "--host")
-    kserve = ("serve_kserve.py", "{handler}", "--port", "{port}")
-    every = [
-        Contender("kserve-lite", lite_python, (*lite, "127.0.0.1")),
-        Contender("kserve", KSERVE_PYTHON, kserve),
-        Contender("kserve-uvloop", KSERVE_PYTHON, (*kserve, "--uvloop")),
-    ]
-    if only is None:
+def contenders(case: Case, options: argparse.Namespace) -> list[Contender]:
+    load = case.load
+    if load.program == "wrk" and options.connections is not None:
+        load = replace(load, connections=options.connections)
+    lite = ("serve_lite.py", "{handler}", "--http_port", "{port}")
+    lite_argv = (*lite, "--host", "127.0.0.1")
+    every = [Contender("kserve-lite", options.python, lite_argv, load)]
+    if case.rival is not None:
+        every.append(replace(every[0], name=case.against, load=case.rival))
+    else:
+        kserve = ("serve_kserve.py", "{handler}", "--port", "{port}")
+        grpc = ("--grpc_port", "{grpc_port}") if load.protocol == "gRPC" else ()
+        argv, uvloop = (*kserve, *grpc), (*kserve, *grpc, "--uvloop")
+        every.append(Contender("kserve", KSERVE_PYTHON, argv, load))
+        every.append(Contender("kserve-uvloop", KSERVE_PYTHON, uvloop, load))
+    if options.only is None:
         return every
-    return [one for one in every if (one.name == "kserve-lite") == (only == "lite")]
+    return [one for one in every if one.is_lite == (options.only == "lite")]
 
 
 def ensure_kserve() -> None:
@@ -105,16 +121,22 @@ def ensure_kserve() -> None:
     subprocess.run(install, check=True)
 
 
+def free_ports() -> tuple[int, int]:
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1]), int(other.getsockname()[1])
+
+
 @contextlib.contextmanager
 def started(contender: Contender, case: Case, logs: Path) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    filled = [part.format(handler=case.handler, port=port) for part in contender.argv]
+    port, grpc_port = free_ports()
+    names = {"handler": case.handler, "port": port, "grpc_port": grpc_port}
+    filled = [part.format(**names) for part in contender.argv]
     argv = [str(contender.python), str(HERE / filled[0]), *filled[1:]]
     # kserve-lite reads these two of KServe's variables as well, and must not here.
     env = {k: v for k, v in os.environ.items() if k not in ("KSERVE_LOGLEVEL", "PORT")}
-    if contender.name == "kserve-lite":
+    if contender.is_lite:
         env["PYTHONPATH"] = str(ROOT)
     else:
         env["KSERVE_LOGLEVEL"] = "WARNING"
@@ -123,7 +145,7 @@ def started(contender: Contender, case: Case, logs: Path) -> Iterator[Server]:
     with log.open("wb") as sink:
         process = subprocess.Popen(argv, env=env, stdout=sink, stderr=sink)
     try:
-        server = Server(contender, process, port)
+        server = Server(contender, process, port, grpc_port)
         while not is_ready(port):
             if process.poll() is not None or time.monotonic() - begin > 60:
                 tail = log.read_text(errors="replace")[-2000:]
@@ -153,55 +175,50 @@ def is_ready(port: int) -> bool:
         connection.close()
 
 
-def answer(server: Server, case: Case, body: bytes) -> bytes:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    headers = {"content-type": "application/json"}
-    connection.request("POST", case.path, body, headers)
-    response = connection.getresponse()
-    content = response.read()
-    connection.close()
-    if response.status != 200:
-        shown = content[:300].decode(errors="replace")
-        raise SystemExit(f"{server.contender.name}: {response.status} {shown}")
-    return content
+def load_port(server: Server) -> int:
+    contender = server.contender
+    if contender.load.protocol == "gRPC" and not contender.is_lite:
+        return server.grpc_port
+    return server.port
 
 
-def same(left: Any, right: Any) -> bool:
-    """Equal but for absent against null members, and float32 written two ways."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        keys = left.keys() | right.keys()
-        return all(same(left.get(key), right.get(key)) for key in keys)
-    if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(same, left, right))
-    if isinstance(left, float) and isinstance(right, float):
-        return math.isclose(left, right, rel_tol=1e-5, abs_tol=1e-7)
-    return bool(left == right)
+def ask_all(servers: Sequence[Server], case: Case, body: Path) -> list[answers.Answer]:
+    """The answer of each server to the request of the case; all must be the same."""
+    if case.load.protocol == "gRPC":
+        ports = [load_port(one) for one in servers]
+        found = answers.ask_grpc(ports, case, body, KSERVE_PYTHON)
+    else:
+        found = []
+        for one in servers:
+            name, load = one.contender.name, one.contender.load
+            found.append(answers.ask_rest(name, one.port, case, load, body))
+    first = found[0]
+    for other in found[1:]:
+        if not answers.same(first.value, other.value):
+            shown = f"{first.value!r:.400}\n{other.value!r:.400}"
+            raise SystemExit(f"answers differ:\n{shown}")
+    return found
 
 
-def load(server: Server, case: Case, body: Path, seconds: int, count: int) -> Round:
-    url = f"http://127.0.0.1:{server.port}{case.path}"
-    # One thread drives all connections: on two cores a second one would take the
-    # server's. The timeout only matters to large bodies; 2 s would count as errors.
-    argv = ["wrk", "-t1", f"-c{count}", f"-d{seconds}s", "--timeout", "60s"]
-    argv += ["-s", str(HERE / "post.lua"), url]
-    env = dict(os.environ, BENCH_BODY=str(body))
+def load(
+    server: Server, case: Case, body: Path, seconds: int, answer_bytes: int
+) -> Round:
+    url = f"http://127.0.0.1:{load_port(server)}{case.path}"
     pid = server.process.pid
     before = machine.seconds(pid)
-    text = subprocess.check_output(argv, env=env, text=True)
+    seen = loaders.run(server.contender.load, url, body, seconds, answer_bytes)
     after = machine.seconds(pid)
-    wall, own, wrk, busy = (b - a for a, b in zip(before, after, strict=True))
-    lines = [line for line in text.splitlines() if line.startswith("BENCH ")]
-    seen = json.loads(lines[0].removeprefix("BENCH "))
+    wall, own, client, busy = (b - a for a, b in zip(before, after, strict=True))
     return Round(
-        requests_per_second=seen["requests"] / seen["duration_us"] * 1e6,
-        p50_ms=seen["p50_us"] / 1000,
-        p99_ms=seen["p99_us"] / 1000,
-        max_ms=seen["max_us"] / 1000,
-        errors=sum(seen["errors"].values()),
+        requests_per_second=seen.rate,
+        p50_ms=seen.p50,
+        p99_ms=seen.p99,
+        max_ms=seen.longest,
+        errors=seen.errors,
         server_cpu=own / wall,
-        wrk_cpu=wrk / wall,
-        other_cpu=max(0.0, busy - own - wrk) / wall,
-        cpu_us_per_request=own * 1e6 / max(1, seen["requests"]),
+        client_cpu=client / wall,
+        other_cpu=max(0.0, busy - own - client) / wall,
+        cpu_us_per_request=own * 1e6 / max(1, seen.requests),
     )
 
 
@@ -230,7 +247,11 @@ def ratios(servers: Sequence[Server]) -> dict[str, dict[str, float]]:
 
 
 def run_rounds(
-    servers: Sequence[Server], case: Case, body: Path, options: argparse.Namespace
+    servers: Sequence[Server],
+    case: Case,
+    body: Path,
+    sizes: dict[str, int],
+    options: argparse.Namespace,
 ) -> int:
     """Load the servers in turn; give back how many rounds were thrown away.
 
@@ -246,7 +267,7 @@ def run_rounds(
         seen = {}
         for one in order:
             name = one.contender.name
-            seen[name] = load(one, case, body, options.seconds, options.connections)
+            seen[name] = load(one, case, body, options.seconds, sizes[name])
             values = [getattr(seen[name], column) for column in report.COLUMNS]
             note = f"  {seen[name].errors} ERRORS" if seen[name].errors else ""
             print(report.line(str(number + 1), name, values) + note, flush=True)
@@ -261,25 +282,26 @@ def run_rounds(
     return discarded
 
 
-def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    chosen = contenders(options.python, options.only)
+def measure(
+    case: Case, chosen: Sequence[Contender], options: argparse.Namespace
+) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        body = scratch / "body.json"
+        body = scratch / "body"
         body.write_bytes(case.body())
         servers = [stack.enter_context(started(c, case, scratch)) for c in chosen]
-        answers = [answer(one, case, body.read_bytes()) for one in servers]
-        for other in answers[1:]:
-            if not same(json.loads(answers[0]), json.loads(other)):
-                raise SystemExit(f"answers differ: {answers[0]!r:.300} {other!r:.300}")
+        replies = ask_all(servers, case, body)
+        names = [one.contender.name for one in servers]
+        sizes = dict(zip(names, (one.size for one in replies), strict=True))
         size = body.stat().st_size
+        loads = {str(one.contender.load): None for one in servers}
         print(f"\n{case.name}: {case.what}; {size:,} byte body", end=", ")
-        print(f"{options.connections} connections, {options.seconds} s a round")
+        print(f"{' against '.join(loads)}, {options.seconds} s a round")
         heads = "".join(f"{head:>10}" for head in report.COLUMNS.values())
-        print(f"{'round':7}{'server':15}{heads}")
+        print(f"{'round':7}{'server':18}{heads}")
         for one in servers:  # Warm-up: fills caches, and is not counted.
-            load(one, case, body, min(2, options.seconds), options.connections)
-        discarded = run_rounds(servers, case, body, options)
+            load(one, case, body, min(2, options.seconds), sizes[one.contender.name])
+        discarded = run_rounds(servers, case, body, sizes, options)
         for one in servers:
             one.loaded_kib = machine.memory(one.process.pid, "VmRSS")
             one.peak_kib = machine.memory(one.process.pid, "VmHWM")
@@ -287,30 +309,34 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
             values = [median(one, column) for column in report.COLUMNS]
             print(report.line("median", one.contender.name, values))
     found = ratios(servers)
-    reached = found.get("kserve-lite / kserve")
+    reached = found.get(f"kserve-lite / {case.against}")
     met = reached and case.target and reached["of_medians"] >= case.target
     return {
         "case": case.name,
         "what": case.what,
         "request": {"path": case.path, "body_bytes": size},
-        "answers_byte_equal": len(set(answers)) == 1,
-        "connections": options.connections,
+        "answers_byte_equal": len({one.content for one in replies}) == 1,
         "seconds": options.seconds,
         "rounds_thrown_away": discarded,
         "target": case.target,
+        "target_is_against": case.against,
         "target_met": met,
         "ratios": found,
         "servers": {
             one.contender.name: {
+                "load": str(one.contender.load),
+                "client": " ".join(
+                    loaders.command(one.contender.load, options.seconds)
+                ),
                 "median": {column: median(one, column) for column in report.COLUMNS},
                 "ready_seconds": one.ready_seconds,
                 "rss_kib": {"idle": one.idle_kib, "after_load": one.loaded_kib}
                 | {"peak": one.peak_kib},
                 "extensions_mapped": one.extensions,
-                "answer_bytes": len(content),
+                "answer_bytes": reply.size,
                 "rounds": [asdict(one_round) for one_round in one.rounds],
             }
-            for one, content in zip(servers, answers, strict=True)
+            for one, reply in zip(servers, replies, strict=True)
         },
     }
 
@@ -323,27 +349,46 @@ def main() -> None:
     parser.add_argument("--retries", type=int, default=0, help=help_retries)
     help_wait = "seconds to wait at most for a quiet machine before each round"
     parser.add_argument("--wait", type=float, default=0.0, help=help_wait)
-    parser.add_argument("--connections", type=int, default=16)
+    help_connections = "of wrk (default: 16); h2load's are fixed by the case"
+    parser.add_argument("--connections", type=int, help=help_connections)
     names = [case.name for case in CASES]
     parser.add_argument("--case", nargs="+", choices=names, default=names)
     parser.add_argument("--only", choices=("lite", "kserve"), help="measure one side")
     help_python = "interpreter for kserve-lite (default: this one)"
     parser.add_argument("--python", type=Path, default=sys.executable, help=help_python)
+    help_results = "folder for the JSON and the plot (default: bench/results)"
+    default_results = HERE / "results"
+    parser.add_argument(
+        "--results", type=Path, default=default_results, help=help_results
+    )
     options = parser.parse_args()
     # Else `timeout` or `kill` would end this program and leave its servers running.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    cases = [case for case in CASES if case.name in options.case]
+    require_programs(cases)
     ensure_kserve()
     known = machine.facts(options.python, KSERVE_PYTHON)
     known |= {
         "switched_off": report.SWITCHED_OFF,
         "not_measured": report.NOT_MEASURED,
     }
-    for case in CASES:
-        if case.name in options.case:
-            result = known | measure(case, options)
-            report.conclude(result)
-            # Half a comparison must not replace a whole one.
-            report.write(result, f".{options.only}" if options.only else "")
+    for case in cases:
+        chosen = contenders(case, options)
+        if not chosen:
+            print(f"\n{case.name}: kserve-lite only, so nothing to measure here")
+            continue
+        result = known | measure(case, chosen, options)
+        report.conclude(result)
+        # Half a comparison must not replace a whole one.
+        suffix = f".{options.only}" if options.only and not case.rival else ""
+        report.write(result, options.results, suffix)
+
+
+def require_programs(cases: Sequence[Case]) -> None:
+    programs = {case.load.program for case in cases}
+    if any(case.load.protocol == "HTTP/2" for case in cases):
+        loaders.require([*programs, "nghttp"])
+    loaders.require(programs)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,15 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import time
 from pathlib import Path
 from typing import Any, cast
 
 PACKAGES = ("kserve", "uvicorn", "fastapi", "starlette", "pydantic", "uvloop")
-TRANSPORT = ("httptools", "h11", "anyio", "orjson", "numpy")
+TRANSPORT = ("httptools", "h11", "hpack", "anyio", "orjson", "numpy")
+GRPC = ("grpcio", "grpclib", "protobuf")
 EXTENSIONS = ("uvloop", "httptools", "orjson")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +33,7 @@ def versions(python: Path) -> dict[str, str]:
         "    except m.PackageNotFoundError: pass\n"
         "print(json.dumps(found))"
     )
-    argv = [str(python), "-c", script, *PACKAGES, *TRANSPORT]
+    argv = [str(python), "-c", script, *PACKAGES, *TRANSPORT, *GRPC]
     return cast("dict[str, str]", json.loads(subprocess.check_output(argv)))
 
 
@@ -57,11 +59,20 @@ def facts(lite_python: Path, kserve_python: Path) -> dict[str, Any]:
             "kernel": platform.release(),
         },
         "versions": {
-            "wrk": output_of("wrk", "-v").partition(" Copyright")[0],
+            **programs(),
             "kserve-lite's environment": lite,
             "kserve's environment": versions(kserve_python),
         },
     }
+
+
+def programs() -> dict[str, str]:
+    """The versions of the load programs that are here."""
+    found = {}
+    for name, argv in {"wrk": ("wrk", "-v"), "h2load": ("h2load", "--version")}.items():
+        if shutil.which(name):
+            found[name] = output_of(*argv).partition(" Copyright")[0]
+    return found
 
 
 def memory(pid: int, key: str) -> int:
@@ -87,14 +98,14 @@ def machine_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def wrk_seconds() -> float:
+def children_seconds() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
 def seconds(pid: int) -> tuple[float, float, float, float]:
     """Now, and the processor time of a server, of finished children, of the machine."""
-    return time.monotonic(), server_seconds(pid), wrk_seconds(), machine_seconds()
+    return time.monotonic(), server_seconds(pid), children_seconds(), machine_seconds()
 
 
 def wait_until_quiet(limit: float, cores: float) -> None:

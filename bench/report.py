@@ -19,7 +19,7 @@ COLUMNS = {
     "p50_ms": "p50 ms",
     "p99_ms": "p99 ms",
     "server_cpu": "srv CPU",
-    "wrk_cpu": "wrk CPU",
+    "client_cpu": "cli CPU",
     "other_cpu": "others",
     "cpu_us_per_request": "us/req",
 }
@@ -27,22 +27,25 @@ COLUMNS = {
 # less: with 3 MB bodies the kernel's own work, charged to nobody, is 0.05 to 0.15.
 QUIET = 0.2
 SWITCHED_OFF = {
-    "kserve": "gRPC (enable_grpc=False), latency log (enable_latency_logging=False), "
-    "uvicorn access log (access_log=False), logs below WARNING (KSERVE_LOGLEVEL)",
+    "kserve": "gRPC but in the gRPC cases (enable_grpc=False), latency log "
+    "(enable_latency_logging=False), uvicorn access log (access_log=False), logs below "
+    "WARNING (KSERVE_LOGLEVEL)",
     "kserve-uvloop": "the same as kserve; switched on: uvloop, which KServe 0.21 does "
     "not use in one process, by an event loop policy set before it starts",
     "kserve-lite": "nothing: as a user starts it, no option but port and host",
 }
 NOT_MEASURED = (
-    "gRPC, TLS, HTTP/2, binary tensors, streaming, batching, several workers, a real "
-    "model's compute, a network between client and server, open-loop latency (wrk "
-    "sends the next request when the last is answered, so p99 hides queueing)"
+    "TLS, binary tensors over REST, large answers over gRPC, streaming, compression, "
+    "batching, several workers, "
+    "a real model's compute, a network between client and server, open-loop latency "
+    "(wrk and h2load send the next request when the last is answered, so p99 hides "
+    "queueing)"
 )
 
 
 def line(label: str, name: str, values: Sequence[float]) -> str:
     rate, *rest = values
-    return f"{label:7}{name:15}{rate:10,.0f}" + "".join(f"{one:10.2f}" for one in rest)
+    return f"{label:7}{name:18}{rate:10,.0f}" + "".join(f"{one:10.2f}" for one in rest)
 
 
 def conclude(result: dict[str, Any]) -> None:
@@ -57,20 +60,19 @@ def conclude(result: dict[str, Any]) -> None:
             print(f"  WARNING: {name} had errors: its rate means nothing")
         if any(one["other_cpu"] > QUIET for one in rounds):
             print("  WARNING: other programs ran on this machine: measure again")
-        if any(one["wrk_cpu"] > 0.9 for one in rounds):
-            print(f"  WARNING: wrk was the bottleneck: {name} may be faster than this")
+        if any(one["client_cpu"] > 0.9 for one in rounds):
+            print(f"  WARNING: the client was the bottleneck: {name} may be faster")
     for name, ratio in result["ratios"].items():
-        print(f"{name}: {ratio['of_medians']:.1f}x of medians", end=" ")
-        print(f"({ratio['min']:.1f} to {ratio['max']:.1f} over rounds)", end="; ")
-        print(f"{ratio['cpu_per_request']:.1f}x by CPU a request")
+        print(f"{name}: {ratio['of_medians']:.2f}x of medians", end=" ")
+        print(f"({ratio['min']:.2f} to {ratio['max']:.2f} over rounds)", end="; ")
+        print(f"{ratio['cpu_per_request']:.2f}x by CPU a request")
     if result["target_met"] is not None:
         met = "met" if result["target_met"] else "NOT met"
-        print(f"target {result['target']:.0f}x kserve as shipped: {met}")
+        print(f"target {result['target']:g}x {result['target_is_against']}: {met}")
 
 
-def write(result: dict[str, Any], suffix: str) -> None:
-    results = Path(__file__).resolve().parent / "results"
-    results.mkdir(exist_ok=True)
+def write(result: dict[str, Any], results: Path, suffix: str) -> None:
+    results.mkdir(parents=True, exist_ok=True)
     stem = results / (result["case"] + suffix)
     stem.with_name(stem.name + ".json").write_text(json.dumps(result, indent=1) + "\n")
     bars = []
@@ -79,5 +81,6 @@ def write(result: dict[str, Any], suffix: str) -> None:
         bars.append(Bar(name, statistics.median(rates), min(rates), max(rates)))
     place = f"{result['machine']['cpu']}, {result['machine']['cores']} cores"
     title = f"{result['case']}: {result['what']}, requests a second"
-    note = f"one process, {result['connections']} connections, {place}"
+    loads = dict.fromkeys(one["load"] for one in result["servers"].values())
+    note = f"one process; {' against '.join(loads)}; {place}"
     stem.with_name(stem.name + ".svg").write_text(draw(title, note, bars))

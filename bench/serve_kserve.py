@@ -1,9 +1,10 @@
-"""The KServe side of the comparison: `serve_kserve.py HANDLER --port N [--uvloop]`.
+"""The KServe side: `serve_kserve.py HANDLER --port N [--grpc_port N] [--uvloop]`.
 
 Runs in bench/.kserve-venv. KServe is set up to be measured at its best: no gRPC
-server, no latency log, no access log, log level WARNING (KSERVE_LOGLEVEL, set by
-compare.py). Two things are patched, neither on the path of a request except to take
-work away: the host, which KServe 0.21 fixes to 0.0.0.0, and uvicorn's access log.
+server unless its port is given, no latency log, no access log, log level WARNING
+(KSERVE_LOGLEVEL, set by compare.py). Two things are patched, neither on the path of
+a request except to take work away: the host, which KServe 0.21 fixes to 0.0.0.0, and
+uvicorn's access log.
 
 `--uvloop` exists because KServe 0.21 awaits uvicorn inside its own `asyncio.run`, so
 that in one process its `--event-loop` option has no effect and it runs on asyncio's
@@ -20,6 +21,9 @@ import kserve  # type: ignore[import-not-found, unused-ignore]
 import numpy as np
 import uvicorn  # type: ignore[import-not-found, unused-ignore]
 from kserve.protocol.rest import server  # type: ignore[import-not-found, unused-ignore]
+from kserve.utils.utils import (  # type: ignore[import-not-found, unused-ignore]
+    get_predict_response,
+)
 
 
 class LoopbackConfig(uvicorn.Config):  # type: ignore[misc, unused-ignore]
@@ -60,13 +64,28 @@ class Image(Base):
         return {"predictions": x.mean(axis=(1, 2, 3)).tolist()}
 
 
-HANDLERS = {"echo": Echo, "echo_sync": EchoSync, "tensor": Tensor, "image": Image}
+class ImageV2(Base):
+    async def predict(self, payload: Any, headers: Any = None) -> Any:
+        x = payload.inputs[0].as_numpy()
+        # Not an InferOutput with an array as `data`: over gRPC, KServe 0.21 fails on
+        # that where the request was raw. This answers raw to raw, typed to typed.
+        return get_predict_response(payload, x.mean(axis=(1, 2, 3)), self.name)
+
+
+HANDLERS = {
+    "echo": Echo,
+    "echo_sync": EchoSync,
+    "tensor": Tensor,
+    "image": Image,
+    "image_v2": ImageV2,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("handler", choices=HANDLERS)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--grpc_port", type=int, help="serve gRPC too, on this port")
     parser.add_argument("--uvloop", action="store_true")
     options = parser.parse_args()
     if options.uvloop:
@@ -79,8 +98,9 @@ def main() -> None:
     server.uvicorn.Config = LoopbackConfig
     kserve.ModelServer(
         http_port=options.port,
+        grpc_port=options.grpc_port or 0,
         workers=1,
-        enable_grpc=False,
+        enable_grpc=options.grpc_port is not None,
         enable_latency_logging=False,
     ).start([HANDLERS[options.handler]()])
 

@@ -41,6 +41,7 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "echo_sync": echo_sync,
     "tensor": tensor,
     "image": image,
+    "image_v2": image,
 }
 
 

@@ -134,7 +134,7 @@ def banner_url(process: subprocess.Popen[str]) -> str:
     seen = ""
     while process.stderr is not None and (line := process.stderr.readline()):
         seen += line
-        found = re.search(r" serves .* on (http://\S+)", line)
+        found = re.search(r" serves .* on (https?://\S+)", line)
         if found:
             # The banner ends with the line to paste.
             while "curl" not in process.stderr.readline():

@@ -28,6 +28,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.M | re.S)
 
 
+def snippet(part: str) -> str:
+    """The one Python snippet with a part."""
+    (found,) = [block for block in blocks("python") if part in block]
+    return found
+
+
 def commands() -> list[str]:
     lines = "\n".join(blocks("console")).splitlines()
     return [line[2:].partition(" #")[0].strip() for line in lines if line[:2] == "$ "]
@@ -76,9 +82,8 @@ def as_run_here(command: str) -> list[str]:
 
 
 def curl(command: str, url: str, cwd: Path) -> object:
-    shell = command.replace("http://127.0.0.1:8080", url).replace(
-        "curl ", "curl -sS --fail ", 1
-    )
+    here = re.sub(r"https?://(127\.0\.0\.1|localhost):8080", url, command)
+    shell = here.replace("curl ", "curl -sS --fail ", 1)
     return json.loads(
         subprocess.run(
             shell, shell=True, check=True, capture_output=True, cwd=cwd
@@ -89,7 +94,7 @@ def curl(command: str, url: str, cwd: Path) -> object:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A fresh folder with the README's app.py in it, and nothing else."""
-    (tmp_path / "app.py").write_text(blocks("python")[0])
+    (tmp_path / "app.py").write_text(snippet("# app.py"))
     return tmp_path
 
 
@@ -112,12 +117,47 @@ def test_the_first_program_answers_as_shown(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in commands() if re.match(r"(python|kserve-lite) .*app", c)]
+    "command",
+    [
+        command
+        for command in commands()
+        if re.match(r"(python|kserve-lite) .*app", command) and "--ssl" not in command
+    ],
 )
 def test_serving_commands(command: str, folder: Path) -> None:
     with running(*as_run_here(command), cwd=folder) as url:
         models = curl("curl http://127.0.0.1:8080/v1/models", url, folder)
         assert models == {"models": ["doubler"]}
+
+
+def test_grpc_and_http2_on_the_same_port(folder: Path) -> None:
+    (http2,) = [c for c in commands() if "--http2" in c]
+    assert "python ask.py" in commands()
+    with running(*as_run_here("python app.py"), cwd=folder) as url:
+        assert curl(http2, url, folder) == {"predictions": [[2, 4]]}
+        asked = subprocess.run(
+            [
+                *(sys.executable, "-c"),
+                snippet("# ask.py").replace("127.0.0.1:8080", url.split("//")[1]),
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    assert asked.stdout == "[2. 5.]\n"
+    assert asked.stdout in README.read_text()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_tls_as_shown(folder: Path) -> None:
+    certify, serve, ask = (
+        next(c for c in commands() if re.match(start, c))
+        for start in ("openssl", "python .*--ssl", "curl --cacert")
+    )
+    subprocess.run(shlex.split(certify), cwd=folder, check=True, capture_output=True)
+    with running(*as_run_here(serve), cwd=folder) as url:
+        answer = curl(ask, url.replace("127.0.0.1", "localhost"), folder)
+    assert answer == {"predictions": [[2, 4]]}
 
 
 def test_make_commands_exist_and_serve_the_digits_example() -> None:
@@ -143,7 +183,7 @@ def test_make_commands_exist_and_serve_the_digits_example() -> None:
 def test_every_command_is_run_by_a_test_here() -> None:
     covered = re.compile(
         r"pip install \.$|make (serve|test)$|curl .*(doubler|digits)|"
-        r"python app\.py|kserve-lite run app"
+        r"python (app|ask)\.py|kserve-lite run app|openssl"
     )
     assert [c for c in commands() if not covered.match(c)] == []
 
@@ -172,7 +212,7 @@ def test_the_package_installs_from_a_checkout(tmp_path: Path) -> None:
 
 def test_the_handlers_snippet_serves() -> None:
     names: dict[str, object] = {}
-    exec(blocks("python")[1], names)
+    exec(snippet("scorer ="), names)
     scorer, counter = names["scorer"], names["counter"]
     with ServerThread(scorer, counter) as server:  # type: ignore[arg-type]
         url = "http://127.0.0.1:8080/v1/models"
@@ -195,7 +235,7 @@ def test_the_handlers_snippet_serves() -> None:
 
 def test_the_embedding_snippet_runs(tmp_path: Path) -> None:
     ran = subprocess.run(
-        [sys.executable, "-c", blocks("python")[2]],
+        [sys.executable, "-c", snippet("async with serve")],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=True,

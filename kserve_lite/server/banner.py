@@ -1,9 +1,10 @@
-"""What a person sees when the server is ready: URLs, and a curl line to paste."""
+"""What a person sees when the server is ready: addresses, and a curl line to paste."""
 
 from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from urllib.parse import quote
 
 from kserve_lite.handlers import Form, Stage
@@ -15,8 +16,18 @@ MAX_ELEMENTS = 100
 _EXAMPLES = {"bool": False, "int": 0, "float": 0.0, "bytes": "text"}
 
 
-def banner(models: tuple[Model, ...], url: str) -> str:
-    """Return the banner; its curl line answers 200 when pasted."""
+def banner(
+    models: tuple[Model, ...],
+    url: str,
+    *,
+    grpc_ports: Sequence[int] = (),
+    asks_certificate: bool = False,
+) -> str:
+    """Return the banner; its curl line answers 200 when pasted.
+
+    url: of the server. grpc_ports: the ports that serve gRPC, none where it is off.
+    asks_certificate: whether clients must show a certificate, which only they have.
+    """
     lines = [f"kserve-lite serves {', '.join(m.name for m in models)} on {url}"]
     for model in models:
         name = quote(model.name, safe="")
@@ -24,17 +35,35 @@ def banner(models: tuple[Model, ...], url: str) -> str:
             f"  V1  {url}/v1/models/{name}:predict",
             f"  V2  {url}/v2/models/{name}/infer",
         )
-    return "\n".join((*lines, "Try it:", f"  {curl_line(models[0], url)}"))
+    if grpc_ports:
+        host = url.partition("//")[2].rpartition(":")[0]
+        lines.append("  gRPC  " + ", ".join(f"{host}:{port}" for port in grpc_ports))
+    lines.append(
+        "Try it, with a client's certificate and key in client.pem:"
+        if asks_certificate
+        else "Try it:"
+    )
+    line = curl_line(models[0], url, asks_certificate=asks_certificate)
+    return "\n".join((*lines, f"  {line}"))
 
 
-def curl_line(model: Model, url: str) -> str:
+def curl_line(model: Model, url: str, *, asks_certificate: bool = False) -> str:
     """A command that works for the model: a prediction where its inputs are known."""
     body = _example(model)
     name = quote(model.name, safe="")
+    words = ["curl"]
+    if url.startswith("https:"):
+        # Unverified: certificates name the server as others reach it, and seldom this
+        # machine's own address, whoever has signed them.
+        words.append("-k")
+    if asks_certificate:
+        words += ("--cert", "client.pem")
     if body is None:
-        return f"curl {shlex.quote(f'{url}/v2/models/{name}')}"
-    target = shlex.quote(f"{url}/v1/models/{name}:predict")
-    return f"curl -d {shlex.quote(body)} {target}"
+        words.append(shlex.quote(f"{url}/v2/models/{name}"))
+    else:
+        target = shlex.quote(f"{url}/v1/models/{name}:predict")
+        words += ("-d", shlex.quote(body), target)
+    return " ".join(words)
 
 
 def _example(model: Model) -> str | None:

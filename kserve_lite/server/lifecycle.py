@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Generator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
@@ -25,8 +25,12 @@ from kserve_lite.model import Model
 from kserve_lite.registry import Registry
 from kserve_lite.rest.endpoints import Endpoints
 from kserve_lite.server.settings import Settings, make_settings
-from kserve_lite.server.sockets import listen_on
+from kserve_lite.server.sockets import PortInUse, listen_on
+from kserve_lite.server.tls import tls_context
 from kserve_lite.transports.listener import Listener
+
+if TYPE_CHECKING:
+    from kserve_lite.rpc.app import Rpc
 
 log = logging.getLogger("kserve_lite")
 
@@ -47,6 +51,7 @@ class Server:
         self.report = ""
         self._models = models
         self._port: int | None = None
+        self._grpc_port: int | None = None
         self._stopping = anyio.Event()
         # Made when it is entered: a Server may be built outside an event loop.
         self._loading: anyio.CancelScope | None = None
@@ -62,12 +67,18 @@ class Server:
         return self._port
 
     @property
+    def grpc_port(self) -> int | None:
+        """The second port, which serves the same as `port`; None where there is none."""
+        return self._grpc_port
+
+    @property
     def url(self) -> str:
         """An URL of the server that works from this machine."""
         host = self.settings.server.host
         everywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}  # noqa: S104
         shown = everywhere.get(host, f"[{host}]" if ":" in host else host)
-        return f"http://{shown}:{self.port}"
+        scheme = "https" if self.settings.server.ssl_certfile else "http"
+        return f"{scheme}://{shown}:{self.port}"
 
     def stop(self, *, at_once: bool = False) -> None:
         """Begin to stop; with `at_once` what is in flight is cut, not finished.
@@ -116,8 +127,13 @@ class Server:
     async def _live(self) -> AsyncGenerator[None]:
         # Cancelled before it is entered if a stop at once is the first one.
         self._finishing = draining = anyio.CancelScope(shield=True)
+        server = self.settings.server
         self._listener = Listener(
             Endpoints(self.dataplane).answer,
+            rpc=self._rpc().answer if server.enable_grpc else None,
+            tls=tls_context(
+                server.ssl_certfile, server.ssl_keyfile, server.ssl_ca_certs
+            ),
             limits=self.settings.connection,
             wire_limits=self.settings.wire,
         )
@@ -140,10 +156,40 @@ class Server:
         sockets = listen_on(server.host, server.http_port)
         self._port = sockets[0].getsockname()[1]
         await self._listener.listen(sockets)
+        if server.enable_grpc:
+            await self._listen_twice()
         with anyio.CancelScope() as self._loading:
             for model in self._models:
                 if not self.stopped:
                     await self._load(model)
+
+    def _rpc(self) -> Rpc:
+        # Here and not above: grpclib and protobuf take 0.2 s and 13 MB.
+        from kserve_lite.rpc.app import Rpc
+
+        return Rpc(
+            self.dataplane,
+            max_message_size=self.settings.wire.max_body_size,
+            model_control=self.settings.server.enable_model_control,
+        )
+
+    async def _listen_twice(self) -> None:
+        """Open the second port, unless nobody asked for it and it cannot be had."""
+        server = self.settings.server
+        asked = "grpc_port" in self.settings.given
+        if not asked and 0 in (server.http_port, server.grpc_port):
+            return
+        if server.grpc_port == server.http_port != 0:
+            return
+        try:
+            sockets = listen_on(server.host, server.grpc_port, "grpc_port")
+        except PortInUse as error:
+            if asked:
+                raise
+            log.warning("%s; without it, gRPC is served on %d", error, self.port)
+            return
+        self._grpc_port = sockets[0].getsockname()[1]
+        await self._listener.listen(sockets)
 
     async def _load(self, model: Model) -> None:
         try:

@@ -94,14 +94,24 @@ async def _serve_until_signal(server: Server) -> None:
         try:
             async with server:
                 if not server.stopped:
-                    print(banner(server._models, server.url), file=sys.stderr)  # noqa: SLF001
-                    sys.stderr.flush()
+                    print(_banner(server), file=sys.stderr, flush=True)
                 await server.wait_stopped()
         except KServeLiteError as error:  # kept out of the task group, which wraps it
             failure = error
         tasks.cancel_scope.cancel()
     if failure is not None:
         raise failure
+
+
+def _banner(server: Server) -> str:
+    settings = server.settings.server
+    ports = (server.port, server.grpc_port) if settings.enable_grpc else ()
+    return banner(
+        server._models,  # noqa: SLF001
+        server.url,
+        grpc_ports=[port for port in ports if port is not None],
+        asks_certificate=bool(settings.ssl_ca_certs),
+    )
 
 
 async def _watch_signals(

@@ -38,6 +38,14 @@ class ServerSettings:
     """Where and how the server runs.
 
     http_port: the port for every protocol; 0 takes a free one. $PORT sets it too.
+    grpc_port: a second port, which serves the same. Unless it is given, the server does
+        without where it is in use, and where http_port is 0.
+    enable_grpc: whether to serve gRPC at all.
+    enable_model_control: let clients on other machines load and unload models.
+    ssl_certfile: a PEM file with the server's certificate chain: serve TLS only.
+    ssl_keyfile: the PEM file with its private key, if that is another file.
+    ssl_ca_certs: a PEM file with the authorities that clients' certificates must come
+        from; without it none is asked for.
     host: the address to listen on; the default is every IPv4 address of the machine,
         as a container needs it; 127.0.0.1 keeps the server to this machine.
     model_dir: the folder with the model's files, what `model.path()` is relative to.
@@ -47,6 +55,12 @@ class ServerSettings:
     """
 
     http_port: int = 8080
+    grpc_port: int = 8081
+    enable_grpc: bool = True
+    enable_model_control: bool = False
+    ssl_certfile: str = ""
+    ssl_keyfile: str = ""
+    ssl_ca_certs: str = ""
     host: str = "0.0.0.0"  # noqa: S104 - a container is reached from outside
     model_dir: str = "/mnt/models"
     grace_period: float = 30.0
@@ -56,12 +70,16 @@ class ServerSettings:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """All settings, grouped by the layer that they belong to."""
+    """All settings, grouped by the layer that they belong to.
+
+    given: the names of those that are not just defaults.
+    """
 
     server: ServerSettings = field(default_factory=ServerSettings)
     dispatch: DispatchSettings = field(default_factory=DispatchSettings)
     connection: ConnectionLimits = field(default_factory=ConnectionLimits)
     wire: WireLimits = field(default_factory=WireLimits)
+    given: frozenset[str] = frozenset()
 
 
 _GROUPS: dict[str, Any] = {
@@ -124,6 +142,7 @@ def make_settings(
     for name, text in (flags or {}).items():
         values[name] = _convert(known[name], text, f"--{name}")
     return Settings(
+        given=frozenset(values),
         **{
             group: layer(
                 **{
@@ -133,7 +152,7 @@ def make_settings(
                 }
             )
             for group, layer in _GROUPS.items()
-        }
+        },
     )
 
 
@@ -224,7 +243,7 @@ def _convert(setting: Setting, value: Any, source: str) -> Any:
         )
     if isinstance(converted, (int, float)) and not 0 <= converted < 2**63:
         raise SettingsError(f"{source} must not be negative or huge, got {value!r}")
-    if setting.name == "http_port" and converted > 65535:
+    if setting.name in ("http_port", "grpc_port") and converted > 65535:
         raise SettingsError(f"{source} must be a port, 0 to 65535, got {value!r}")
     return converted
 

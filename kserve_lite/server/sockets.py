@@ -13,8 +13,14 @@ from kserve_lite.errors import StartupError
 BACKLOG = 2048
 
 
-def listen_on(host: str, port: int) -> list[socket.socket]:
+class PortInUse(StartupError):
+    """Something listens on the port already."""
+
+
+def listen_on(host: str, port: int, flag: str = "http_port") -> list[socket.socket]:
     """Return non-blocking sockets that listen on every address of `host`.
+
+    flag: the setting that the port came from, for errors.
 
     Addresses that this machine lacks are left out as long as there is another one:
     `localhost` is often also `::1` where IPv6 is turned off.
@@ -44,9 +50,9 @@ def listen_on(host: str, port: int) -> list[socket.socket]:
                 continue
             for opened in sockets:
                 opened.close()
-            raise _cannot_listen(host, port, error) from error
+            raise _cannot_listen(host, port, flag, error) from error
     if not sockets and missing is not None:
-        raise _cannot_listen(host, port, missing) from missing
+        raise _cannot_listen(host, port, flag, missing) from missing
     return sockets
 
 
@@ -65,15 +71,15 @@ def _listen(family: int, address: tuple[Any, ...]) -> socket.socket:
     return sock
 
 
-def _cannot_listen(host: str, port: int, error: OSError) -> StartupError:
+def _cannot_listen(host: str, port: int, flag: str, error: OSError) -> StartupError:
     if error.errno == errno.EADDRINUSE:
-        return StartupError(
+        return PortInUse(
             f"port {port} on {host} is in use: stop what listens there, or give "
-            "--http_port another port (0 takes a free one)"
+            f"--{flag} another port (0 takes a free one)"
         )
     if error.errno == errno.EACCES:
         return StartupError(
             f"port {port} on {host} may not be used by this user: ports below 1024 "
-            "need a privilege; give --http_port a higher one"
+            f"need a privilege; give --{flag} a higher one"
         )
     return StartupError(f"cannot listen on {host}:{port}: {error.strerror}")

@@ -5,12 +5,14 @@ The same for every HTTP version: what differs is behind `Stream`.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from email.utils import formatdate
 from functools import lru_cache
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from kserve_lite.errors import InferenceFault
 from kserve_lite.rest.replies import Reply
@@ -23,6 +25,12 @@ from kserve_lite.wire.events import (
     Request,
     Response,
 )
+
+if TYPE_CHECKING:
+    from kserve_lite.rpc.call import CallStream
+    from kserve_lite.transports.http2 import Http2Stream
+
+log = logging.getLogger("kserve_lite")
 
 App: TypeAlias = Callable[[Request, Buffer, Callable[[], bool]], Awaitable[Reply]]
 
@@ -48,24 +56,73 @@ class Stream(Protocol):
         """Cut the stream, so that the peer sees that the answer is incomplete."""
 
     def is_gone(self) -> bool:
-        """Whether the peer has gone."""
+        """Whether the peer has gone, or is about to."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether nobody can be answered any more."""
+
+    def end(self, complete: bool) -> None:
+        """The exchange is over; `complete`: the whole answer has been sent."""
+
+
+# gRPC calls read and write their messages by themselves, on HTTP/2 only.
+Rpc: TypeAlias = "Callable[[Request, CallStream], Awaitable[None]]"
 
 
 async def exchange(app: App, request: Request, body: Buffer, stream: Stream) -> None:
-    """Have `app` answer the request, and send what it answers."""
-    reply = await app(request, body, stream.is_gone)
-    chunks = reply.body
-    stream_id = request.stream_id
-    if isinstance(chunks, bytes):
-        headers = sent_headers(int(time.time()), reply.headers)
-        stream.send(Response(stream_id, reply.status, headers, chunks))
-        if stream.stalled:
-            await stream.drain()
-        return
+    """Have `app` answer the request, send what it answers, and end the stream.
+
+    Run it as a task of its own: a request then has context variables of its own.
+    """
+    complete = False
+    try:
+        # The peer may have gone between the making of the task and its first step.
+        if not stream.lost:
+            reply = await app(request, body, stream.is_gone)
+            chunks = reply.body
+            headers = sent_headers(int(time.time()), reply.headers)
+            if isinstance(chunks, bytes):
+                stream.send(Response(request[0], reply.status, headers, chunks))
+                if stream.stalled:
+                    await stream.drain()
+            else:
+                stream.send(Response(request.stream_id, reply.status, headers))
+                await _send_chunks(chunks, request.stream_id, stream)
+            complete = True
+    except BaseException as error:  # noqa: BLE001 - the boundary, see there
+        _give_up(stream, error)
+    stream.end(complete)
+
+
+async def call(rpc: Rpc, request: Request, stream: Http2Stream) -> None:
+    """Have `rpc` run a gRPC call, and end the stream."""
+    complete = False
+    try:
+        if not stream.lost:
+            await rpc(request, stream)
+            complete = True
+    except BaseException as error:  # noqa: BLE001 - the boundary, see there
+        _give_up(stream, error)
+    stream.end(complete)
+
+
+def _give_up(stream: Stream, error: BaseException) -> None:
+    """The boundary: what goes wrong with one request never harms its siblings."""
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    # Cancelled by the connection: its peer is gone or may be, or the server stops. What
+    # is written already is still sent; a stream ends without its end.
+    if not isinstance(error, asyncio.CancelledError):
+        log.error("a request failed: a bug in kserve-lite", exc_info=error)
+        stream.abort()
+
+
+async def _send_chunks(
+    chunks: AsyncGenerator[bytes, None], stream_id: int, stream: Stream
+) -> None:
     async with aclosing(chunks):
         try:
-            headers = sent_headers(int(time.time()), reply.headers)
-            stream.send(Response(stream_id, reply.status, headers))
             async for chunk in chunks:
                 stream.send(Data(stream_id, chunk))
                 await stream.drain()

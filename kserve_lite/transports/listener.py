@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 
 import anyio
 
 from kserve_lite.transports.connection import Connection
-from kserve_lite.transports.exchange import App
+from kserve_lite.transports.exchange import App, Rpc
+from kserve_lite.transports.newcomer import Newcomer
 from kserve_lite.transports.timeouts import (
     CANCEL_AGAIN,
     READ_SIZE,
@@ -18,16 +20,20 @@ from kserve_lite.wire.limits import WireLimits
 
 
 class Listener:
-    """Serves `app` on sockets that listen already."""
+    """Serves `app`, and `rpc` where there is one, on sockets that listen already."""
 
     def __init__(
         self,
         app: App,
         *,
+        rpc: Rpc | None = None,
+        tls: ssl.SSLContext | None = None,
         limits: ConnectionLimits | None = None,
         wire_limits: WireLimits | None = None,
     ) -> None:
         self.app = app
+        self.rpc = rpc
+        self.tls = tls
         self.limits = limits or ConnectionLimits()
         self.wire_limits = wire_limits or WireLimits()
         self.draining = False
@@ -43,7 +49,7 @@ class Listener:
         loop = asyncio.get_running_loop()
         for sock in sockets:
             self._servers.append(
-                await loop.create_server(lambda: Connection(self), sock=sock)
+                await loop.create_server(lambda: Newcomer(self), sock=sock)
             )
 
     def admit(self, connection: Connection) -> bool:
@@ -59,6 +65,11 @@ class Listener:
     def crowded(self) -> bool:
         """Whether even telling a connection that there are too many is too much."""
         return len(self._connections) > 2 * self.limits.max_connections
+
+    def replace(self, connection: Connection, successor: Connection) -> None:
+        """The version of a connection is known now."""
+        self._connections.discard(connection)
+        self._connections.add(successor)
 
     def forget(self, connection: Connection) -> None:
         self._connections.discard(connection)

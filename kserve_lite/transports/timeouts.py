@@ -44,3 +44,15 @@ CANCEL_AGAIN = 1.0
 # (`shutdown`, `nc -N`) or may be gone: both look the same from here. It is answered if
 # that takes no longer than this, then the request is cancelled.
 HALF_CLOSED = 0.5
+
+# How often an HTTP/2 connection with open streams is looked after, at most: deadlines
+# of streams are kept to within this.
+WATCH_EVERY = 1.0
+
+# Bytes of an answer that wait for the peer to read before the handler waits too, a
+# stream (asyncio's own high-water mark is 64 KiB a connection).
+STREAM_BUFFER = 64 * 1024
+
+# How long a stop waits for the peer to answer the first GOAWAY (RFC 9113 section 6.8)
+# with a PING before it says which stream was the last.
+GOAWAY_WAIT = 1.0

@@ -9,7 +9,7 @@ accepts too, with the same method, target, headers, body and end of message.
 Bodies of announced length are read straight into one buffer by either lane: the owner
 of the socket asks `body_buffer()` where the next bytes belong. While a request is being
 answered nothing is parsed: what arrives is kept for `next_cycle()`, and the owner stops
-reading once `surplus` is beyond `max_head_size`.
+reading once `kept` is larger than `max_head_size`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from kserve_lite.wire.limits import FAST_HEAD_SIZE, FIRST_BODY_BUFFER, WireLimit
 
 STREAM = 1
 _END = EndOfMessage(STREAM)
+# By name, the tuple would be made by a Python function: 0.35 us instead of 0.15.
+_new_request = tuple.__new__
 
 # Possessive quantifiers: a head that does not match fails in linear time. A field value
 # here is visible ASCII with single or several blanks inside, nothing else.
@@ -86,21 +88,25 @@ class Http1Connection:
     """The server's side of one HTTP/1.1 connection.
 
     `keep_alive` may be set to False at any time before the answer's head is sent: the
-    answer then carries `connection: close`.
+    answer then carries `connection: close`. `kept`, the same object all along, holds
+    what has arrived of heads and, while a request is being answered, of the next ones.
     """
 
     def __init__(self, limits: WireLimits | None = None) -> None:
         self.limits = limits or WireLimits()
         self.keep_alive = True
         self._state = _HEAD
-        self._buffer = bytearray()
+        self.kept = bytearray()
         self._scanned = 0
         # Clients on a kept connection send the same head again and again: the last one
-        # is remembered, byte for byte, with its meaning.
+        # is remembered, byte for byte, with its meaning. `_last_whole` is the size of
+        # it with its body where the answer to it is framed in the usual way, else 0.
         self._last_bytes = b""
         self._last_head: _Head | None = None
+        self._last_whole = 0
         # So does the server: the same headers, object for object, within one second.
         self._last_answered: RawHeaders = ()
+        self._last_status = 0
         self._last_block = b""
         self._body = bytearray()
         self._body_filled = 0
@@ -115,34 +121,37 @@ class Http1Connection:
     @property
     def between_messages(self) -> bool:
         """Nothing of a next request has arrived."""
-        return self._state is _HEAD and not self._buffer
+        return self._state is _HEAD and not self.kept
 
     @property
     def inside_body(self) -> bool:
         """The head is complete and the body is not."""
         return self._state is _BODY or self._state is _CHUNKED
 
-    @property
-    def surplus(self) -> int:
-        """Bytes kept for the next request while this one is being answered."""
-        return len(self._buffer)
-
     def receive(self, data: Buffer) -> list[Event]:
         """Take bytes that arrived; return what they complete, in order."""
         state = self._state
         if state is _HEAD:
-            if not self._buffer and self._last_head is not None:
+            head = self._last_head
+            if head is not None and not self.kept:
                 raw = bytes(data)
                 if raw.startswith(self._last_bytes):
-                    return self._accept(self._last_head, raw[len(self._last_bytes) :])
-            self._buffer += data
+                    body = raw[len(self._last_bytes) :]
+                    if len(raw) != self._last_whole:
+                        return self._accept(head, body)
+                    self._state = _ANSWERING
+                    _, method, target, headers, _ = head[0]
+                    return [
+                        _new_request(Request, (STREAM, method, target, headers, body))
+                    ]
+            self.kept += data
             return self._read_head()
         if state is _BODY:
             return self._receive_body(data)
         if state is _CHUNKED:
             return self._receive_chunked(data)
         if state is _ANSWERING:
-            self._buffer += data
+            self.kept += data
         return []
 
     def body_buffer(self) -> memoryview | None:
@@ -171,17 +180,17 @@ class Http1Connection:
         """
         if not self.keep_alive:
             self._state = _CLOSED
-            self._buffer.clear()
+            self.kept.clear()
             return []
         self._state = _HEAD
         # A refusal may come next, which is not framed as this answer was.
         self._head_request = self._http10 = False
-        return self._read_head() if self._buffer else []
+        return self._read_head() if self.kept else []
 
     def refuse(self, status: int, reason: str) -> Refusal:
         """Give the connection up: what arrives from here on is dropped."""
         self._state = _CLOSED
-        self._buffer.clear()
+        self.kept.clear()
         self._body = bytearray()
         self._referee = None
         self.keep_alive = False
@@ -194,40 +203,50 @@ class Http1Connection:
             if type(event) is Response:
                 self._answer_head(event, out)
             elif type(event) is Data:
-                if self._bodiless_answer or not event.data:
-                    continue
-                if self._chunked_answer:
-                    out += (b"%x\r\n" % len(event.data), event.data, b"\r\n")
-                else:
-                    out.append(event.data)
+                self._answer_data(event.data, out)
             elif self._chunked_answer and not self._bodiless_answer:
                 out.append(b"0\r\n\r\n")
         return out
 
+    def _answer_data(self, data: Buffer, out: list[Buffer]) -> None:
+        if self._bodiless_answer or not data:
+            return
+        if self._chunked_answer:
+            out += (b"%x\r\n" % len(data), data, b"\r\n")
+        else:
+            out.append(data)
+
     def _answer_head(self, response: Response, out: list[Buffer]) -> None:
-        body = response.body
-        if response.headers is not self._last_answered:
-            self._last_answered = response.headers
-            self._last_block = b"".join(
+        _, status, headers, body = response
+        if (
+            headers is self._last_answered
+            and body is not None
+            and status == self._last_status
+            and self.keep_alive
+            and not (self._head_request or self._http10)
+        ):
+            self._bodiless_answer = self._chunked_answer = False
+            head = b"%bcontent-length: %d\r\n\r\n" % (self._last_block, len(body))
+            out += (head, body)
+            return
+        if headers is not self._last_answered or status != self._last_status:
+            self._last_answered = headers
+            self._last_status = 0 if status in _BODILESS else status
+            self._last_block = _STATUS_LINE[status] + b"".join(
                 part
-                for name, value in response.headers
+                for name, value in headers
                 for part in (name, b": ", value, b"\r\n")
             )
-        out += (_STATUS_LINE[response.status], self._last_block)
-        ends_here = response.status in _BODILESS
+        ends_here = status in _BODILESS
         self._bodiless_answer = ends_here or self._head_request
         self._chunked_answer = False
         if ends_here:
-            pass
+            out.append(self._last_block)
         elif body is not None:
-            out.append(b"content-length: %d\r\n" % len(body))
-        elif all(name != b"content-length" for name, _ in response.headers):
-            if self._http10:
-                # RFC 9112 6.1: never chunked to HTTP/1.0; the close ends the body.
-                self.keep_alive = False
-            else:
-                self._chunked_answer = True
-                out.append(b"transfer-encoding: chunked\r\n")
+            out.append(b"%bcontent-length: %d\r\n" % (self._last_block, len(body)))
+        else:
+            out.append(self._last_block)
+            self._frame_answer(headers, out)
         if not self.keep_alive:
             out.append(b"connection: close\r\n")
         elif self._http10:
@@ -236,8 +255,18 @@ class Http1Connection:
         if body and not self._bodiless_answer:
             out.append(body)
 
+    def _frame_answer(self, headers: RawHeaders, out: list[Buffer]) -> None:
+        if any(name == b"content-length" for name, _ in headers):
+            return
+        if self._http10:
+            # RFC 9112 6.1: never chunked to HTTP/1.0; the close ends the body.
+            self.keep_alive = False
+        else:
+            self._chunked_answer = True
+            out.append(b"transfer-encoding: chunked\r\n")
+
     def _read_head(self) -> list[Event]:
-        buffer = self._buffer
+        buffer = self.kept
         while buffer[:2] == b"\r\n":  # RFC 9112 2.2: empty lines before a request line
             del buffer[:2]
         end = _END_OF_HEAD.search(buffer, max(0, self._scanned - 2))
@@ -253,7 +282,11 @@ class Http1Connection:
             return self._ask_referee(raw)
         self._last_bytes = raw
         self._last_head = head
-        return self._accept(head, self._taken(head.content_length))
+        length = head.content_length
+        usual = head.keep_alive and not head.is_head
+        fits = length <= self.limits.max_body_size
+        self._last_whole = len(raw) + length if usual and fits else 0
+        return self._accept(head, self._taken(length))
 
     def _taken(self, size: int) -> bytes:
         """Take at most `size` bytes from the front of the buffer.
@@ -261,12 +294,12 @@ class Http1Connection:
         Taking all and putting back what is too much would copy, for each of thousands
         of pipelined requests, all that follow it.
         """
-        taken = bytes(memoryview(self._buffer)[:size])
-        del self._buffer[:size]
+        taken = bytes(memoryview(self.kept)[:size])
+        del self.kept[:size]
         return taken
 
     def _unfinished_head(self) -> list[Event]:
-        buffer = self._buffer
+        buffer = self.kept
         line_end = buffer.find(b"\n")
         # A TLS hello or other binary noise never becomes a request line: no waiting.
         noise = bool(buffer) and not (0x21 <= buffer[0] <= 0x7E or buffer[0] == 13)
@@ -292,30 +325,24 @@ class Http1Connection:
         rest: what came behind the head; where the buffer holds more, no more than the
             body.
         """
-        self._http10 = head.is_http10
-        self._head_request = head.is_head
-        if not head.keep_alive:
+        request, length, keep_alive, self._head_request, self._http10 = head
+        if not keep_alive:
             self.keep_alive = False
-        length = head.content_length
         if length > self.limits.max_body_size:
             return [self._body_too_large(f"{length} bytes were announced")]
         came = len(rest)
         if came >= length:
             self._state = _ANSWERING
             if came > length:
-                self._buffer += memoryview(rest)[length:]
+                self.kept += memoryview(rest)[length:]
                 rest = rest[:length]
-            return (
-                [head.request, Data(STREAM, rest), _END]
-                if length
-                else [head.request, _END]
-            )
+            return [_new_request(Request, (*request[:4], rest))]
         self._body = bytearray(min(length, max(FIRST_BODY_BUFFER, came)))
         self._body[:came] = rest
         self._body_filled = came
         self._body_length = length
         self._state = _BODY
-        return [head.request]
+        return [request]
 
     def _receive_body(self, data: Buffer) -> list[Event]:
         """The copying twin of `body_buffer()`, for owners without direct reads."""
@@ -327,7 +354,7 @@ class Http1Connection:
             target.release()
             rest = rest[count:]
             events += self.body_received(count)
-        self._buffer += rest
+        self.kept += rest
         return events
 
     def _body_too_large(self, came: str) -> Refusal:
@@ -338,7 +365,7 @@ class Http1Connection:
 
     def _ask_referee(self, raw: bytes) -> list[Event]:
         line = _REQUEST_LINE.match(raw)
-        if line is None:
+        if line is None or raw.startswith(b"PRI "):  # HTTP/2's preface, gone wrong
             return [self._close_silently()]
         if line[1] != b"1":
             return [self.refuse(505, "The HTTP version must be 1.0 or 1.1.")]
@@ -390,14 +417,14 @@ class Http1Connection:
             is_head=request.method == b"HEAD",
             is_http10=http10,
         )
-        body_has_begun = bool(self._buffer)
+        body_has_begun = bool(self.kept)
         if chunked:
             self._referee = referee
             self._chunked_size = 0
             self._state = _CHUNKED
             self.keep_alive = self.keep_alive and head.keep_alive
             events: list[Event] = [head.request]
-            events += self._receive_chunked(self._taken(len(self._buffer)))
+            events += self._receive_chunked(self._taken(len(self.kept)))
         else:
             events = self._accept(head, self._taken(head.content_length))
         if expect and not http10 and self.inside_body and not body_has_begun:
@@ -420,7 +447,7 @@ class Http1Connection:
                         return events
                     events.append(Data(STREAM, event.data))
                 elif isinstance(event, h11.EndOfMessage):
-                    self._buffer += referee.trailing_data[0]
+                    self.kept += referee.trailing_data[0]
                     self._referee = None
                     self._state = _ANSWERING
                     events.append(_END)

@@ -101,6 +101,30 @@ def test_alexnet_reads_a_jpeg_on_both_protocols(alexnet_url: str, seeded: Path) 
     assert outputs["classes"] == row["classes"]
 
 
+def test_alexnet_answers_grpc_with_the_same_function(
+    alexnet_url: str, seeded: Path
+) -> None:
+    """The client of the example, against the port of REST."""
+    asked = subprocess.run(
+        [
+            *(sys.executable, "client_grpc.py", "sample.jpg"),
+            alexnet_url.removeprefix("http://"),
+        ],
+        cwd=ALEXNET,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert asked.returncode == 0, asked.stderr
+    indices, probabilities = torchs_own(sample_pixels(), seeded)
+    categories = AlexNet_Weights.IMAGENET1K_V1.meta["categories"]
+    assert asked.stdout.splitlines() == [
+        f"{probability:8.4%}  {categories[index]}"
+        for index, probability in zip(indices[0], probabilities[0], strict=True)
+    ]
+
+
 def test_alexnet_equals_torch_on_ready_tensors(alexnet_url: str, seeded: Path) -> None:
     pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     indices, probabilities = torchs_own(pixels, seeded)

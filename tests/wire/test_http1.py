@@ -31,6 +31,7 @@ from kserve_lite.wire.events import (
 )
 from kserve_lite.wire.http1 import STREAM, Http1Connection
 from kserve_lite.wire.limits import FIRST_BODY_BUFFER, WireLimits
+from tests.wire.spread import spread
 
 # A message as the tests compare it: method, target, headers, body.
 Message: TypeAlias = tuple[str, str, RawHeaders, bytes]
@@ -69,7 +70,7 @@ def take(connection: Http1Connection, data: bytes, direct: bool) -> list[Event]:
     while data:
         target = connection.body_buffer() if direct else None
         if target is None:
-            return events + connection.receive(data)
+            return events + spread(connection.receive(data))
         count = min(len(target), len(data))
         target[:count] = data[:count]
         target.release()
@@ -96,7 +97,7 @@ def converse(
             if type(new[-1]) is not EndOfMessage:
                 break
             connection.send(OK, EndOfMessage(STREAM))
-            new = connection.next_cycle()
+            new = spread(connection.next_cycle())
     return events
 
 
@@ -105,7 +106,7 @@ def messages(events: Iterable[Event]) -> list[Message]:
     found: list[Message] = []
     request: Request | None = None
     body = b""
-    for event in events:
+    for event in spread(events):
         if type(event) is Request:
             assert request is None
             request, body = event, b""
@@ -138,7 +139,7 @@ def assert_dead(connection: Http1Connection) -> None:
     assert connection.body_buffer() is None
     assert connection.next_cycle() == []
     assert connection.receive(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n") == []
-    assert connection.surplus == 0
+    assert connection.kept == b""
 
 
 BODY_HEAD = b"POST /p HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n"
@@ -403,12 +404,12 @@ def test_pipelined_requests_wait_for_their_turn() -> None:
     connection = Http1Connection()
     events = connection.receive(BODY_HEAD + b"hello" + second)
     assert messages(events) == [("POST", "/p", BODY_HEADERS, b"hello")]
-    assert connection.surplus == len(second)
+    assert len(connection.kept) == len(second)
     assert connection.receive(second) == []
-    assert connection.surplus == 2 * len(second)
+    assert len(connection.kept) == 2 * len(second)
     for left in (1, 0):
         assert messages(connection.next_cycle()) == [("GET", "/2", (HOST,), b"")]
-        assert connection.surplus == left * len(second)
+        assert len(connection.kept) == left * len(second)
     assert connection.next_cycle() == []
     assert connection.between_messages
 
@@ -473,7 +474,7 @@ def test_continue_is_wanted(head: bytes, body: bytes) -> None:
 def test_continue_is_not_wanted_once_the_body_came(head: bytes, body: bytes) -> None:
     for count in range(1, len(body) + 1):
         connection = Http1Connection()
-        events = connection.receive(head + body[:count])
+        events = spread(connection.receive(head + body[:count]))
         events += connection.receive(body[count:])
         assert kinds(events) == [Request, Data, EndOfMessage]
 
@@ -706,13 +707,13 @@ def test_an_endless_head_is_refused_at_the_limit(start: bytes) -> None:
     events = connection.receive(start)
     came = len(start)
     while not events:
-        assert len(connection._buffer) <= SMALL.max_head_size
+        assert len(connection.kept) <= SMALL.max_head_size
         assert came <= SMALL.max_head_size
         events = connection.receive(b"x")
         came += 1
     assert [event.status for event in events if isinstance(event, Refusal)] == [431]
     assert came == SMALL.max_head_size + 1
-    assert not connection._buffer
+    assert not connection.kept
 
 
 def test_noise_is_closed_at_its_first_byte() -> None:
@@ -726,7 +727,7 @@ def test_empty_lines_are_not_kept() -> None:
     for _ in range(1000):
         assert connection.receive(b"\r\n\r\n\r") == []
         assert connection.receive(b"\n") == []
-        assert len(connection._buffer) == 0
+        assert len(connection.kept) == 0
     assert connection.between_messages
 
 
@@ -786,7 +787,7 @@ def test_body_buffer_never_takes_what_follows_the_body() -> None:
 
 def asked(request: bytes) -> Http1Connection:
     connection = Http1Connection()
-    assert kinds(connection.receive(request))[-1] is EndOfMessage
+    assert kinds(spread(connection.receive(request)))[-1] is EndOfMessage
     return connection
 
 

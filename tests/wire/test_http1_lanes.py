@@ -27,6 +27,7 @@ from kserve_lite.wire.events import (
 )
 from kserve_lite.wire.http1 import STREAM, Http1Connection, _fast_head
 from kserve_lite.wire.limits import WireLimits
+from tests.wire.spread import spread
 
 Message: TypeAlias = tuple[bytes, bytes, RawHeaders, bytes]
 
@@ -447,7 +448,7 @@ def take(connection: Http1Connection, data: bytes, direct: bool) -> list[Event]:
     while data:
         target = connection.body_buffer() if direct else None
         if target is None:
-            return events + connection.receive(data)
+            return events + spread(connection.receive(data))
         count = min(len(target), len(data))
         target[:count] = data[:count]
         target.release()
@@ -479,7 +480,7 @@ def by_us(pieces: list[bytes], direct: bool) -> tuple[list[Message], bool]:
             if not answered:
                 break
             connection.send(Response(STREAM, 200, (), b""))
-            events = connection.next_cycle()
+            events = spread(connection.next_cycle())
     assert ended == len(found)
     return found, connection.keep_alive
 
@@ -541,7 +542,7 @@ def test_rubbish_never_raises_and_ends_with_a_refusal() -> None:
                 if not ended:
                     break
                 connection.send(Response(STREAM, 200, (), b""))
-                events = connection.next_cycle()
+                events = spread(connection.next_cycle())
         if refused:
             assert not connection.keep_alive
             assert connection.next_cycle() == []

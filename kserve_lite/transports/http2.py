@@ -1,0 +1,540 @@
+"""An HTTP/2 connection: many requests at a time, each on a stream of its own.
+
+What streams answer is gathered and written once a turn of the event loop. Streams of
+the same peer share its connection and nothing else: one that fails, stalls or is too
+slow is ended by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from typing import TYPE_CHECKING, cast
+
+from kserve_lite.rest.replies import error_reply
+from kserve_lite.transports.connection import JOIN_SIZE, Connection
+from kserve_lite.transports.exchange import call, exchange, sent_headers
+from kserve_lite.transports.timeouts import (
+    GOAWAY_WAIT,
+    HALF_CLOSED,
+    LINGER,
+    MIN_RATE,
+    STREAM_BUFFER,
+    WATCH_EVERY,
+)
+from kserve_lite.wire.events import (
+    Buffer,
+    ContinueWanted,
+    Data,
+    EndOfMessage,
+    Event,
+    Outgoing,
+    Refusal,
+    Request,
+    Reset,
+    Response,
+)
+from kserve_lite.wire.http2 import ErrorCode, Http2Connection
+
+if TYPE_CHECKING:
+    from kserve_lite.transports.listener import Listener
+
+_CANCEL = ErrorCode.CANCEL
+_INTERNAL_ERROR = ErrorCode.INTERNAL_ERROR
+
+
+class Http2Stream:
+    """One request and its answer; what `exchange` and `call` read and write.
+
+    lost: nobody can be answered any more.
+    peer: the host of the peer.
+    """
+
+    __slots__ = (
+        "_arrived",
+        "_body",
+        "_came",
+        "_connection",
+        "_offset",
+        "_queued",
+        "_readable",
+        "_since",
+        "_watched",
+        "_watched_at",
+        "_writable",
+        "ended",
+        "id",
+        "is_call",
+        "lost",
+        "request",
+        "task",
+    )
+
+    def __init__(self, connection: Http2, request: Request, is_call: bool) -> None:
+        self.id = request.stream_id
+        self.request = request
+        self.is_call = is_call
+        self.ended = False  # the request is complete
+        self.lost = False
+        self.task: asyncio.Task[None] | None = None
+        self._connection = connection
+        self._body = bytearray()
+        self._offset = 0  # of what a call has not read yet
+        self._readable: asyncio.Future[None] | None = None
+        self._writable: asyncio.Future[None] | None = None
+        # Since when the rest of a body or message is waited for, and what came since.
+        self._since = connection.now
+        self._came = 0
+        self._queued = 0  # bytes of the answer's body, all along
+        self._watched = 0
+        self._watched_at = math.inf
+
+    @property
+    def peer(self) -> str:
+        return self._connection.peer
+
+    # --- the request -----------------------------------------------------------------
+
+    def feed(self, data: Buffer) -> None:
+        """Take bytes of the body."""
+        self._body += data
+        self._came += len(data)
+        self._wake_reader()
+
+    def complete(self) -> None:
+        """All of the request has come."""
+        self.ended = True
+        self._wake_reader()
+
+    def taken_body(self) -> Buffer:
+        """The whole body, which is held here no longer."""
+        body, self._body = self._body, bytearray()
+        return body
+
+    @property
+    def size(self) -> int:
+        """Bytes of the body that are held here."""
+        return len(self._body)
+
+    async def read(self, size: int, *, may_wait: bool = False) -> Buffer:
+        """Return `size` bytes of the body; fewer only at its end.
+
+        may_wait: the caller may take its time to send the first of these bytes, as
+            between two messages of a call.
+        """
+        while (held := len(self._body) - self._offset) < size and not self.ended:
+            if may_wait and not held:
+                self._since = math.inf
+            elif self._since == math.inf:
+                self._since, self._came = self._connection.now, held
+            self._readable = self._connection.future()
+            await self._readable
+        self._since = math.inf
+        return self._take(size)
+
+    def _take(self, size: int) -> Buffer:
+        start, end = self._offset, self._offset + size
+        if end >= len(self._body) > STREAM_BUFFER:
+            # The rest of a large body: handed over as it is, not copied.
+            taken: Buffer = memoryview(self.taken_body())[start:]
+            self._offset = 0
+        else:
+            taken = bytes(self._body[start:end])
+            self._offset = min(end, len(self._body))
+            # A reader that is behind all along never comes to the end.
+            if self._offset == len(self._body) or self._offset > STREAM_BUFFER:
+                del self._body[: self._offset]
+                self._offset = 0
+        if not self.ended:
+            self._connection.acknowledge(self.id, len(taken))
+        return taken
+
+    def _wake_reader(self) -> None:
+        if self._readable is not None:
+            if not self._readable.done():
+                self._readable.set_result(None)
+            self._readable = None
+
+    # --- the answer ------------------------------------------------------------------
+
+    def send(self, *events: Outgoing) -> None:
+        for event in events:
+            if type(event) is Data:
+                self._queued += len(event.data)
+            elif type(event) is Response and event.body is not None:
+                self._queued += len(event.body)
+        self._connection.send(*events)
+
+    @property
+    def stalled(self) -> bool:
+        return self._connection.unsent(self.id) > STREAM_BUFFER
+
+    async def drain(self) -> None:
+        if not self.stalled:
+            await asyncio.sleep(0)
+            return
+        self._writable = self._connection.future()
+        self._connection.writers.add(self)
+        await self._writable
+
+    def abort(self) -> None:
+        self._connection.send(Reset(self.id, _INTERNAL_ERROR))
+
+    def is_gone(self) -> bool:
+        return self.lost or self._connection.is_gone()
+
+    def end(self, complete: bool) -> None:
+        self.task = None
+        if not complete and not self.lost:
+            self._connection.send(Reset(self.id, _CANCEL))
+        self._connection.answered(self)
+
+    # --- called by the connection ----------------------------------------------------
+
+    def cancel(self) -> None:
+        """Cancel the handler, if it runs.
+
+        Not at once: a task that is cancelled before its first step never runs at all,
+        and so would not clear up.
+        """
+        if self.task is not None:
+            asyncio.get_running_loop().call_soon(self.task.cancel)
+
+    def wake_writer(self) -> bool:
+        """Let the handler go on if enough of its answer has been written."""
+        if self.stalled:
+            return False
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+        self._writable = None
+        return True
+
+    def is_late(self, now: float, body_timeout: float) -> bool:
+        """Whether the rest of the request has been waited for too long."""
+        allowed = body_timeout + self._came / MIN_RATE
+        return not self.ended and self._since + allowed < now
+
+    def reads_too_little(self, now: float, write_timeout: float) -> bool:
+        """Whether the peer has read less than it must since the last look."""
+        unsent = self._connection.unsent(self.id)
+        if not unsent:
+            self._watched_at = math.inf
+            return False
+        sent = self._queued - unsent
+        if self._watched_at == math.inf:
+            self._watched, self._watched_at = sent, now
+        elif self._watched_at + write_timeout <= now:
+            if sent - self._watched < MIN_RATE * write_timeout:
+                return True
+            self._watched, self._watched_at = sent, now
+        return False
+
+
+class Http2(Connection):
+    """Speaks HTTP/2 once the first bytes, or ALPN, have told so."""
+
+    def __init__(self, listener: Listener) -> None:
+        super().__init__(listener)
+        self._wire = Http2Connection(listener.wire_limits)
+        self._streams: dict[int, Http2Stream] = {}
+        self.writers: set[Http2Stream] = set()  # whose handlers wait in drain()
+        # Answered streams that stay until the last of the answer is written.
+        self._answered: list[Http2Stream] = []
+        self._flush_is_due = False
+        self._lingers = False
+        self.now = self._loop.time()  # of the last read or look
+        self._idle_since = self.now
+        self._replenished = self.now
+        self._frame_since = math.inf
+        self._eof_at = math.inf
+        self._goaway_at = math.inf
+        limits = listener.limits
+        self._watch_every = min(
+            WATCH_EVERY,
+            limits.head_timeout / 4,
+            limits.body_timeout / 4,
+            limits.write_timeout / 4,
+        )
+        self.peer = ""
+
+    # --- called by the event loop ----------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        peer = transport.get_extra_info("peername")
+        self.peer = str(peer[0]) if isinstance(peer, tuple) else ""
+
+    def begin(self, first: bytes) -> None:
+        """Take the connection over with the first bytes that came."""
+        self._set_deadline(self.now + self._watch_every)
+        self._receive(first)
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if not self._lingers:
+            self._receive(self._listener.scratch[:nbytes])
+
+    def eof_received(self) -> bool:
+        self._eof = True
+        for stream in list(self._streams.values()):
+            if stream.task is None and not stream.ended:  # it never will be
+                del self._streams[stream.id]
+        if self._lingers or not self._streams:
+            return False
+        self._eof_at = self._loop.time() + HALF_CLOSED
+        self._set_deadline(min(self._deadline, self._eof_at))
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lingers = False
+        self._streams = {
+            stream.id: stream
+            for stream in self._streams.values()
+            if stream.task is not None
+        }
+        super().connection_lost(exc)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._flush()
+
+    # --- what streams do -------------------------------------------------------------
+
+    def future(self) -> asyncio.Future[None]:
+        return self._loop.create_future()
+
+    def send(self, *events: Outgoing) -> None:
+        if not self.lost:
+            self._wire.send(*events)
+            self._flush_soon()
+
+    def acknowledge(self, stream_id: int, count: int) -> None:
+        self._wire.acknowledge(stream_id, count)
+        self._flush_soon()
+
+    def unsent(self, stream_id: int) -> int:
+        return 0 if self.lost else self._wire.unsent(stream_id)
+
+    def is_gone(self) -> bool:
+        return self.lost or self._eof
+
+    def answered(self, stream: Http2Stream) -> None:
+        """The handler of a stream has ended."""
+        if self.lost:
+            self._streams.pop(stream.id, None)
+            if not self._streams and not self._lingers:
+                self._listener.forget(self)
+        else:
+            self._answered.append(stream)
+            self._flush_soon()
+
+    # --- called by the listener ------------------------------------------------------
+
+    @property
+    def answering(self) -> int:
+        return sum(stream.task is not None for stream in self._streams.values())
+
+    def cancel(self) -> None:
+        for stream in self._streams.values():
+            stream.lost = stream.lost or self.lost
+            stream.cancel()
+
+    def finish(self) -> None:
+        self._wire.shutdown()
+        self._goaway_at = self._loop.time() + GOAWAY_WAIT
+        self._set_deadline(min(self._deadline, self._goaway_at))
+        self._flush()
+
+    # --- requests --------------------------------------------------------------------
+
+    def _receive(self, data: Buffer) -> None:
+        self.now = now = self._loop.time()
+        if now - self._replenished >= 1.0:
+            self._replenished = now
+            self._wire.replenish()
+        events = self._wire.receive(data)
+        if not self._wire.mid_frame or events:
+            self._frame_since = math.inf
+        elif self._frame_since == math.inf:
+            self._frame_since = now
+        self._take(events)
+        if self._deadline > now + self._watch_every and not self._lingers:
+            self._set_deadline(now + self._watch_every)  # it was idle
+        self._flush_soon()
+
+    def _take(self, events: list[Event]) -> None:
+        streams = self._streams
+        for event in events:
+            if type(event) is Request:
+                self._open(event)
+                continue
+            if type(event) is Refusal:
+                self._refuse(event)
+                continue
+            stream = streams.get(event.stream_id)
+            if stream is None:
+                continue
+            if type(event) is Data:
+                stream.feed(event.data)
+                if not stream.is_call:
+                    self._bound(stream)
+            elif type(event) is EndOfMessage:
+                stream.complete()
+                if not stream.is_call:
+                    self._answer(stream)
+            elif type(event) is Reset:
+                stream.lost = True
+                self._forget(stream)
+            elif type(event) is ContinueWanted:
+                self._wire.send(Response(event.stream_id, 100, ()))
+
+    def _open(self, request: Request) -> None:
+        rpc = self._listener.rpc
+        kind = request.headers.get("content-type", "")
+        is_call = rpc is not None and kind.startswith("application/grpc")
+        stream = Http2Stream(self, request, is_call)
+        self._streams[stream.id] = stream
+        self._idle_since = self.now
+        if rpc is not None and is_call:
+            stream.task = self._loop.create_task(call(rpc, request, stream))
+
+    def _answer(self, stream: Http2Stream) -> None:
+        stream.task = self._loop.create_task(
+            exchange(self._listener.app, stream.request, stream.taken_body(), stream)
+        )
+
+    def _bound(self, stream: Http2Stream) -> None:
+        """An announced length is held to the limit by the wire, another one here."""
+        limit = self._wire.limits.max_body_size
+        if stream.size > limit:
+            self._refuse(
+                Refusal(
+                    stream.id,
+                    413,
+                    f"The body may have {limit} bytes (max_body_size); more came.",
+                )
+            )
+
+    def _refuse(self, refusal: Refusal) -> None:
+        if refusal.status is None:
+            self._linger()
+            return
+        reply = error_reply(refusal.status, refusal.reason)
+        headers = sent_headers(int(time.time()), reply.headers)
+        body = cast("bytes", reply.body)
+        self.send(Response(refusal.stream_id, reply.status, headers, body))
+        self._streams.pop(refusal.stream_id, None)
+
+    def _linger(self) -> None:
+        """The peer broke the protocol: say so, and read until it has heard.
+
+        Closing at once would reset the connection and could destroy what was said.
+        """
+        if not self._transport.is_closing():
+            # Little, and the last: also to a peer that is slow to read.
+            self._transport.writelines(self._wire.data_to_send())
+        self._lingers = True
+        self.lost = True
+        self.cancel()
+        self._set_deadline(self._loop.time() + LINGER)
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+
+    def _forget(self, stream: Http2Stream) -> None:
+        """Nobody waits for the answer of a stream any more."""
+        if stream.task is None:
+            self._streams.pop(stream.id, None)
+        else:
+            stream.cancel()
+
+    # --- writing ---------------------------------------------------------------------
+
+    def _flush_soon(self) -> None:
+        """Write once a turn: after all that this turn's reads have set going."""
+        if not self._flush_is_due:
+            self._flush_is_due = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_is_due = False
+        transport = self._transport
+        while not (self.stalled or self.lost or transport.is_closing()):
+            parts = self._wire.data_to_send()
+            if not parts:
+                break
+            if sum(map(len, parts)) <= JOIN_SIZE:
+                transport.write(b"".join(parts))
+            else:
+                transport.writelines(parts)
+        if self._answered:
+            self._clear_answered()
+        if self.writers:
+            self.writers = {one for one in self.writers if not one.wake_writer()}
+        left = self._eof and not self._streams  # and what it asked for is written
+        if (self._wire.closed or left) and not self.stalled:
+            self._close()
+
+    def _clear_answered(self) -> None:
+        """Let go of streams whose answer is written."""
+        left = []
+        for stream in self._answered:
+            if self._wire.unsent(stream.id):
+                left.append(stream)
+            else:
+                self._streams.pop(stream.id, None)
+        self._answered = left
+        if not self._streams:
+            self._idle_since = self.now
+
+    # --- deadlines -------------------------------------------------------------------
+
+    def _expire(self, now: float) -> None:
+        """Look after all that a peer may be slow with, often while it is busy."""
+        limits = self._listener.limits
+        self.now = now
+        if self._lingers:
+            self._transport.abort()
+            return
+        if self._goaway_at <= now:
+            self._goaway_at = math.inf
+            self._wire.shutdown()
+        if self._eof_at <= now:
+            self._eof_at = math.inf
+            self.cancel()
+        if self._frame_since + limits.head_timeout <= now:
+            self._leave()
+            return
+        if self._streams:
+            self._idle_since = now
+        for stream in list(self._streams.values()):
+            if stream.is_late(now, limits.body_timeout):
+                self._give_up_reading(stream)
+            elif stream.reads_too_little(now, limits.write_timeout):
+                self._wire.send(Reset(stream.id, _CANCEL))
+                stream.lost = True
+                self._forget(stream)
+        self._flush()
+        idle_until = self._idle_since + limits.timeout_keep_alive
+        if not self._streams and self._frame_since == math.inf:
+            if idle_until <= now:
+                self._leave()
+            else:
+                self._set_deadline(min(idle_until, self._goaway_at))
+        elif not self.lost:
+            self._set_deadline(now + self._watch_every)
+
+    def _give_up_reading(self, stream: Http2Stream) -> None:
+        if stream.is_call:
+            self._wire.send(Reset(stream.id, _CANCEL))
+            stream.lost = True
+            self._forget(stream)
+        else:
+            reason = "The request's body did not arrive in time."
+            self._refuse(Refusal(stream.id, 408, reason))
+
+    def _leave(self) -> None:
+        """Say goodbye and close; streams that the peer has just opened it may retry."""
+        self._wire.shutdown()
+        self._wire.shutdown()
+        self._flush()
+        self._close()
