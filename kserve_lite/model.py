@@ -88,6 +88,7 @@ class Model:
         self._handlers: dict[Stage, Handler] = {}
         self.is_checked = False
         self._plans: dict[Stage, Plan] = {}
+        self._outputs: tuple[TensorSpec, ...] | None = None
         self._state: Any = None
         given: dict[str, Any] = dict(handlers)
         for stage_name, function in given.items():
@@ -169,12 +170,17 @@ class Model:
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """The declared outputs, named; empty where the annotations declare none."""
+        if self._outputs is not None:
+            return self._outputs
         plan = self.plan(Stage.PREDICT)
         specs = plan[-1].outputs if plan else ()
-        return tuple(
+        named = tuple(
             TensorSpec(spec.datatype, spec.shape, spec.name or f"output-{index}")
             for index, spec in enumerate(specs)
         )
+        if self.phase is not Phase.DEFINED:  # every request asks
+            self._outputs = named
+        return named
 
     def freeze(self) -> None:
         """End the definition: from here on a registration is an error.

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import anyio
@@ -279,7 +280,7 @@ class DataPlane:
                 value = await entry.function(payload)
             else:
                 value = await self._run_stages(plan, payload, model, context)
-            if context.protocol != "v2" and _streams(value):
+            if context.protocol != "v2" and _streams(type(value)):  # type: ignore[arg-type]
                 items = self._stream(value)
                 if context.protocol == "grpc":
                     items = self._answers(items, model, entry.form, context, payload)
@@ -423,15 +424,10 @@ class DataPlane:
                 self.offload.start(stream.close)
 
 
-def _streams(value: object) -> bool:
-    """Whether a result is an iterator of either kind.
-
-    Not by isinstance() of the abstract classes, which costs 1 us a request.
-    """
-    kind = type(value)
-    return kind is not dict and (
-        hasattr(kind, "__anext__") or hasattr(kind, "__next__")
-    )
+@lru_cache(maxsize=256)  # a hasattr() that fails costs 0.5 us
+def _streams(kind: type) -> bool:
+    """Whether results of a type are iterators of either kind."""
+    return hasattr(kind, "__anext__") or hasattr(kind, "__next__")
 
 
 class _ThreadStream:

@@ -21,6 +21,7 @@ from kserve_lite.rpc.reflection import ReflectionService
 from kserve_lite.wire.events import Request
 
 _REFLECTIONS = ("v1", "v1alpha")
+_PROTOBUF = frozenset(("application/grpc", "application/grpc+proto"))
 
 
 class Rpc:
@@ -36,23 +37,40 @@ class Rpc:
         self._limit = max_message_size
         self._codec = ProtoCodec()  # only for the content type that it stands for
         self._events = _DispatchServerEvents()
-        self._mapping = InferenceService(
-            dataplane, model_control=model_control
-        ).methods()
-        self._mapping |= HealthService(dataplane).methods()
+        methods = InferenceService(dataplane, model_control=model_control).methods()
+        methods |= HealthService(dataplane).methods()
         names = [f"grpc.reflection.{v}.ServerReflection" for v in _REFLECTIONS]
         for version in _REFLECTIONS:
             services = (INFERENCE, HEALTH, *names)
             reflection = ReflectionService(version, services, dataplane.idle)
-            self._mapping |= reflection.methods()
+            methods |= reflection.methods()
+        self._mapping = {path: method.handler for path, method in methods.items()}
+        self._unary = {
+            path: method.unary for path, method in methods.items() if method.unary
+        }
 
     async def answer(self, request: Request, stream: CallStream) -> None:
         """Run one call on its stream; raises nothing but CancelledError.
 
         Then the peer has gone or the server gives up, and nothing is sent.
+
+        Two lanes, as for HTTP/1.1: a well-formed unary call is answered at once;
+        grpclib has every other call, and ends those that fail.
         """
         headers = request.headers
         call: Any = Call(stream, request, self._limit)
+        unary = self._unary.get(request.target)
+        if (
+            unary is not None
+            and request.method == "POST"
+            and headers.get("content-type") in _PROTOBUF
+            and headers.get("te") == "trailers"
+        ):
+            try:
+                await unary(call)
+                return
+            except Exception as error:  # noqa: BLE001 - raised again in grpclib's lane
+                call.fault = error
         # Only what grpclib decides by. It decodes metadata and deadlines strictly and
         # logs what a peer does wrong there as our fault; `Call` does both instead.
         known = [

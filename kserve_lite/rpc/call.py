@@ -89,6 +89,7 @@ class Call:
 
     host: of the peer; empty where it is not known. is_gone: whether the peer has gone.
     initial: metadata to be sent with the first message.
+    fault: what the call has failed with, for grpclib to end it.
     """
 
     # grpclib resets a stream after an error status, so that a client stops sending;
@@ -103,6 +104,7 @@ class Call:
         "_limit",
         "_started",
         "_stream",
+        "fault",
         "host",
         "initial",
         "is_gone",
@@ -114,6 +116,7 @@ class Call:
         self.is_gone = stream.is_gone
         self.initial: dict[str, str | bytes] | None = None
         self.wrapper: Any = None
+        self.fault: Exception | None = None
         self._stream = stream
         self._id = request.stream_id
         self._headers = request.headers
@@ -182,11 +185,17 @@ class Call:
 
     async def finish(self, message: Message) -> None:
         """Send the one message of an answer, and that all went well, in one piece."""
-        events = self._framed(message)
         self._ended = True
-        self._stream.send(*events, Trailers(self._id, OK))
-        if self._stream.stalled:
-            await self._stream.drain()
+        stream = self._stream
+        only = message if isinstance(message, bytes) else message[0]
+        size = len(only)
+        if size <= _SMALL and (only is message or len(message) == 1):
+            body = b"\0" + size.to_bytes(4, "big") + only
+            stream.send(Response(self._id, 200, self._head(), body, OK))
+            return
+        stream.send(*self._framed(message), Trailers(self._id, OK))
+        if stream.stalled:
+            await stream.drain()
 
     def _framed(self, message: Message) -> list[Outgoing]:
         """The events of a message, whose large pieces are not copied."""

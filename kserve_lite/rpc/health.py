@@ -9,14 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import anyio
-from grpclib.const import Handler
 
 from kserve_lite.codecs.proto import message_class
 from kserve_lite.dispatch.dataplane import DataPlane
 from kserve_lite.errors import ModelNotFound
 from kserve_lite.rpc.call import Call
 from kserve_lite.rpc.inference import SERVICE as INFERENCE
-from kserve_lite.rpc.methods import Action, Messages, methods_of
+from kserve_lite.rpc.methods import Action, Messages, Method, methods_of
 
 SERVICE = "grpc.health.v1.Health"
 
@@ -33,7 +32,7 @@ class HealthService:
     def __init__(self, dataplane: DataPlane) -> None:
         self.dataplane = dataplane
 
-    def methods(self) -> dict[str, Handler]:
+    def methods(self) -> dict[str, Method]:
         actions: dict[str, Action] = {"Check": self.check, "Watch": self.watch}
         return methods_of(SERVICE, actions, self.dataplane.idle)
 

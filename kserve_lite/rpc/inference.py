@@ -13,8 +13,6 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
-from grpclib.const import Handler
-
 from kserve_lite.codecs import v2_protobuf
 from kserve_lite.codecs.proto import message_class
 from kserve_lite.dispatch.dataplane import DataPlane
@@ -23,7 +21,7 @@ from kserve_lite.handlers import Stage
 from kserve_lite.messages import Answer, Context, InferResponse, StreamAnswer
 from kserve_lite.model import Model
 from kserve_lite.rpc.call import Call, Message
-from kserve_lite.rpc.methods import Action, Messages, methods_of
+from kserve_lite.rpc.methods import Action, Messages, Method, methods_of
 from kserve_lite.rpc.statuses import text_of
 from kserve_lite.version import __version__
 from kserve_lite.wire.events import Buffer
@@ -66,7 +64,7 @@ class InferenceService:
         self.dataplane = dataplane
         self.model_control = model_control
 
-    def methods(self) -> dict[str, Handler]:
+    def methods(self) -> dict[str, Method]:
         actions: dict[str, Action] = {
             "ServerLive": self.server_live,
             "ServerReady": self.server_ready,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import anyio
 from grpclib.const import Cardinality, Handler
@@ -28,12 +28,23 @@ log = logging.getLogger("kserve_lite")
 
 Action: TypeAlias = Callable[..., Awaitable[Any]]
 Served: TypeAlias = "Stream[Any, Any]"  # grpclib's view of a call
-Work: TypeAlias = Callable[[Served], Awaitable[None]]
+Work: TypeAlias = Callable[[Call], Awaitable[None]]
 Reader: TypeAlias = Callable[[Buffer], Any]
 Writer: TypeAlias = Callable[[Any], Message]
 
 
 _CARDINALITY = {tuple(member.value): member for member in Cardinality}
+
+
+class Method(NamedTuple):
+    """How a method is served.
+
+    handler: for grpclib. unary: runs a call of one message and one answer without it,
+    to its end or to whatever exception; None where several messages go either way.
+    """
+
+    handler: Handler
+    unary: Work | None
 
 
 def methods_of(
@@ -43,29 +54,30 @@ def methods_of(
     *,
     read: Mapping[str, Reader] | None = None,
     write: Mapping[str, Writer] | None = None,
-) -> dict[str, Handler]:
-    """The methods of a service of our `.proto` files, for grpclib, by path.
+) -> dict[str, Method]:
+    """The methods of a service of our `.proto` files, by path.
 
     actions: by method name; every method has one. idle: in which streams wait for their
     clients. read, write: how messages are read and written, by method name, where not
     protobuf does it alone.
     """
-    handlers = {}
+    methods = {}
     for method in POOL.FindServiceByName(service).methods:
         name, action = method.name, actions[method.name]
         asked, answered = method.input_type.full_name, method.output_type.full_name
         streams = (method.client_streaming, method.server_streaming)
         reader = (read or {}).get(name) or _reader(asked)
         writer = (write or {}).get(name) or message_class(answered).SerializeToString
+        unary = None
         if any(streams):
             work = _streaming(reader, action, writer, idle)
         else:
-            work = _unary(reader, action, writer)
+            unary = _unary(reader, action, writer)
+            work = unary
         # The types are None, since messages do not pass through grpclib.
-        handlers[f"/{service}/{name}"] = Handler(
-            _guarded(work), _CARDINALITY[streams], None, None
-        )
-    return handlers
+        handler = Handler(_guarded(work), _CARDINALITY[streams], None, None)
+        methods[f"/{service}/{name}"] = Method(handler, unary)
+    return methods
 
 
 def _reader(name: str) -> Reader:
@@ -100,12 +112,15 @@ def _call_of(stream: Served) -> Call:
     return call  # type: ignore[no-any-return]
 
 
-def _guarded(work: Work) -> Work:
+def _guarded(work: Work) -> Callable[[Served], Awaitable[None]]:
     """The boundary: nothing but a GRPCError may reach grpclib, which logs the rest."""
 
     async def run(stream: Served) -> None:
+        call = _call_of(stream)
         try:
-            await work(stream)
+            if call.fault is not None:
+                raise call.fault
+            await work(call)
         except GRPCError:
             raise
         except InferenceFault as fault:
@@ -120,8 +135,7 @@ def _guarded(work: Work) -> Work:
 
 
 def _unary(read: Reader, action: Action, write: Writer) -> Work:
-    async def work(stream: Served) -> None:
-        call = _call_of(stream)
+    async def work(call: Call) -> None:
         body = await call.receive()
         if body is None:
             raise InvalidInput("The call came without a message.")
@@ -136,8 +150,7 @@ def _streaming(read: Reader, action: Action, write: Writer, idle: Idle) -> Work:
     The deadline of a unary call is kept by dispatch, which waits for nothing else.
     """
 
-    async def work(stream: Served) -> None:
-        call = _call_of(stream)
+    async def work(call: Call) -> None:
         deadline = call.deadline()
         remaining = None if deadline is None else deadline - time.monotonic()
         try:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from grpclib.const import Handler, Status
+from grpclib.const import Status
 
 from kserve_lite.codecs.proto import POOL, message_class
 from kserve_lite.rpc.call import Idle
-from kserve_lite.rpc.methods import Messages, methods_of
+from kserve_lite.rpc.methods import Messages, Method, methods_of
 
 
 class ReflectionService:
@@ -28,7 +28,7 @@ class ReflectionService:
         self._services = services
         self._response = message_class(f"{self._package}.ServerReflectionResponse")
 
-    def methods(self) -> dict[str, Handler]:
+    def methods(self) -> dict[str, Method]:
         return methods_of(
             f"{self._package}.ServerReflection",
             {"ServerReflectionInfo": self.info},

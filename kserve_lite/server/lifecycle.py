@@ -68,7 +68,7 @@ class Server:
 
     @property
     def grpc_port(self) -> int | None:
-        """The second port, which serves the same as `port`; None where there is none."""
+        """The second port, which serves the same; None where there is none."""
         return self._grpc_port
 
     @property

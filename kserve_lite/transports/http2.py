@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from kserve_lite.rest.replies import error_reply
@@ -29,6 +30,7 @@ from kserve_lite.wire.events import (
     Data,
     EndOfMessage,
     Event,
+    Headers,
     Outgoing,
     Refusal,
     Request,
@@ -57,7 +59,6 @@ class Http2Stream:
         "_came",
         "_connection",
         "_offset",
-        "_queued",
         "_readable",
         "_since",
         "_watched",
@@ -68,6 +69,7 @@ class Http2Stream:
         "is_call",
         "lost",
         "request",
+        "send",
         "task",
     )
 
@@ -75,18 +77,19 @@ class Http2Stream:
         self.id = request.stream_id
         self.request = request
         self.is_call = is_call
-        self.ended = False  # the request is complete
+        self.ended = request.body is not None  # the request is complete
         self.lost = False
         self.task: asyncio.Task[None] | None = None
         self._connection = connection
-        self._body = bytearray()
+        self.send: Callable[..., None] = connection.send
+        # Bytes where they came all at once, else a bytearray that grows.
+        self._body: Buffer = bytearray() if request.body is None else request.body
         self._offset = 0  # of what a call has not read yet
         self._readable: asyncio.Future[None] | None = None
         self._writable: asyncio.Future[None] | None = None
         # Since when the rest of a body or message is waited for, and what came since.
         self._since = connection.now
         self._came = 0
-        self._queued = 0  # bytes of the answer's body, all along
         self._watched = 0
         self._watched_at = math.inf
 
@@ -98,7 +101,7 @@ class Http2Stream:
 
     def feed(self, data: Buffer) -> None:
         """Take bytes of the body."""
-        self._body += data
+        cast("bytearray", self._body).extend(data)
         self._came += len(data)
         self._wake_reader()
 
@@ -134,20 +137,25 @@ class Http2Stream:
         return self._take(size)
 
     def _take(self, size: int) -> Buffer:
-        start, end = self._offset, self._offset + size
-        if end >= len(self._body) > STREAM_BUFFER:
-            # The rest of a large body: handed over as it is, not copied.
+        body, start = self._body, self._offset
+        end = start + size
+        if self.ended:
+            self._offset = end
+            # The rest of a large body is handed over as it is, not copied.
+            return (
+                memoryview(body)[start:end] if size > STREAM_BUFFER else body[start:end]
+            )
+        if end >= len(body) > STREAM_BUFFER:
             taken: Buffer = memoryview(self.taken_body())[start:]
             self._offset = 0
         else:
-            taken = bytes(self._body[start:end])
-            self._offset = min(end, len(self._body))
+            taken = bytes(body[start:end])
+            self._offset = min(end, len(body))
             # A reader that is behind all along never comes to the end.
-            if self._offset == len(self._body) or self._offset > STREAM_BUFFER:
-                del self._body[: self._offset]
+            if self._offset == len(body) or self._offset > STREAM_BUFFER:
+                del cast("bytearray", body)[: self._offset]
                 self._offset = 0
-        if not self.ended:
-            self._connection.acknowledge(self.id, len(taken))
+        self._connection.acknowledge(self.id, len(taken))
         return taken
 
     def _wake_reader(self) -> None:
@@ -157,14 +165,6 @@ class Http2Stream:
             self._readable = None
 
     # --- the answer ------------------------------------------------------------------
-
-    def send(self, *events: Outgoing) -> None:
-        for event in events:
-            if type(event) is Data:
-                self._queued += len(event.data)
-            elif type(event) is Response and event.body is not None:
-                self._queued += len(event.body)
-        self._connection.send(*events)
 
     @property
     def stalled(self) -> bool:
@@ -217,11 +217,10 @@ class Http2Stream:
 
     def reads_too_little(self, now: float, write_timeout: float) -> bool:
         """Whether the peer has read less than it must since the last look."""
-        unsent = self._connection.unsent(self.id)
-        if not unsent:
+        if not self._connection.unsent(self.id):
             self._watched_at = math.inf
             return False
-        sent = self._queued - unsent
+        sent = self._connection.handed_out(self.id)
         if self._watched_at == math.inf:
             self._watched, self._watched_at = sent, now
         elif self._watched_at + write_timeout <= now:
@@ -304,7 +303,7 @@ class Http2(Connection):
         return self._loop.create_future()
 
     def send(self, *events: Outgoing) -> None:
-        if not self.lost:
+        if not (self.lost or self._lingers):
             self._wire.send(*events)
             self._flush_soon()
 
@@ -313,16 +312,19 @@ class Http2(Connection):
         self._flush_soon()
 
     def unsent(self, stream_id: int) -> int:
-        return 0 if self.lost else self._wire.unsent(stream_id)
+        return 0 if self.lost or self._lingers else self._wire.unsent(stream_id)
+
+    def handed_out(self, stream_id: int) -> int:
+        return 0 if self.lost else self._wire.handed_out(stream_id)
 
     def is_gone(self) -> bool:
-        return self.lost or self._eof
+        return self.lost or self._lingers or self._eof
 
     def answered(self, stream: Http2Stream) -> None:
         """The handler of a stream has ended."""
         if self.lost:
             self._streams.pop(stream.id, None)
-            if not self._streams and not self._lingers:
+            if not self._streams:
                 self._listener.forget(self)
         else:
             self._answered.append(stream)
@@ -336,10 +338,12 @@ class Http2(Connection):
 
     def cancel(self) -> None:
         for stream in self._streams.values():
-            stream.lost = stream.lost or self.lost
+            stream.lost = stream.lost or self.lost or self._lingers
             stream.cancel()
 
     def finish(self) -> None:
+        if self._lingers:
+            return
         self._wire.shutdown()
         self._goaway_at = self._loop.time() + GOAWAY_WAIT
         self._set_deadline(min(self._deadline, self._goaway_at))
@@ -372,12 +376,12 @@ class Http2(Connection):
                 self._refuse(event)
                 continue
             stream = streams.get(event.stream_id)
-            if stream is None:
+            if stream is None or (stream.ended and type(event) is not Reset):
                 continue
             if type(event) is Data:
                 stream.feed(event.data)
                 if not stream.is_call:
-                    self._bound(stream)
+                    self._fits(stream)
             elif type(event) is EndOfMessage:
                 stream.complete()
                 if not stream.is_call:
@@ -397,48 +401,65 @@ class Http2(Connection):
         self._idle_since = self.now
         if rpc is not None and is_call:
             stream.task = self._loop.create_task(call(rpc, request, stream))
+        elif stream.ended and self._fits(stream):
+            self._answer(stream)
 
     def _answer(self, stream: Http2Stream) -> None:
         stream.task = self._loop.create_task(
             exchange(self._listener.app, stream.request, stream.taken_body(), stream)
         )
 
-    def _bound(self, stream: Http2Stream) -> None:
-        """An announced length is held to the limit by the wire, another one here."""
+    def _fits(self, stream: Http2Stream) -> bool:
+        """Refuse a body that is too large, unless the wire did already."""
         limit = self._wire.limits.max_body_size
-        if stream.size > limit:
-            self._refuse(
-                Refusal(
-                    stream.id,
-                    413,
-                    f"The body may have {limit} bytes (max_body_size); more came.",
-                )
-            )
+        if stream.size <= limit:
+            return True
+        reason = f"The body may have {limit} bytes (max_body_size); more came."
+        self._refuse(Refusal(stream.id, 413, reason))
+        return False
 
     def _refuse(self, refusal: Refusal) -> None:
         if refusal.status is None:
             self._linger()
             return
+        stream = self._streams.get(refusal.stream_id)
+        if stream is None:  # refused before there was a request to tell of
+            request = Request(refusal.stream_id, "", "", Headers())
+            stream = self._streams[request.stream_id] = Http2Stream(
+                self, request, is_call=False
+            )
         reply = error_reply(refusal.status, refusal.reason)
         headers = sent_headers(int(time.time()), reply.headers)
         body = cast("bytes", reply.body)
-        self.send(Response(refusal.stream_id, reply.status, headers, body))
-        self._streams.pop(refusal.stream_id, None)
+        stream.taken_body()
+        stream.ended = True
+        stream.send(Response(stream.id, reply.status, headers, body))
+        self.answered(stream)
 
     def _linger(self) -> None:
-        """The peer broke the protocol: say so, and read until it has heard.
+        """Say nothing more, and read until the peer has heard what was said.
 
-        Closing at once would reset the connection and could destroy what was said.
+        Closing at once would reset the connection as soon as the peer's next frame
+        comes, a WINDOW_UPDATE say, and could destroy what it has not read yet.
         """
-        if not self._transport.is_closing():
-            # Little, and the last: also to a peer that is slow to read.
-            self._transport.writelines(self._wire.data_to_send())
+        transport = self._transport
+        if self.lost or self._lingers or transport.is_closing():
+            return
+        if not self.stalled or self._wire.closed:
+            transport.writelines(self._wire.data_to_send())
         self._lingers = True
-        self.lost = True
         self.cancel()
         self._set_deadline(self._loop.time() + LINGER)
-        if self._transport.can_write_eof():
-            self._transport.write_eof()
+        if self._write_deadline == math.inf and transport.get_write_buffer_size():
+            self._watch_writing()
+        if transport.can_write_eof():
+            transport.write_eof()
+
+    def _close(self) -> None:
+        if self._listener.draining and self._idle_since + LINGER < self._loop.time():
+            super()._close()  # nobody reads an answer: a stop need not wait
+        else:
+            self._linger()
 
     def _forget(self, stream: Http2Stream) -> None:
         """Nobody waits for the answer of a stream any more."""
@@ -458,7 +479,9 @@ class Http2(Connection):
     def _flush(self) -> None:
         self._flush_is_due = False
         transport = self._transport
-        while not (self.stalled or self.lost or transport.is_closing()):
+        while not (
+            self.stalled or self.lost or self._lingers or transport.is_closing()
+        ):
             parts = self._wire.data_to_send()
             if not parts:
                 break
@@ -493,7 +516,10 @@ class Http2(Connection):
         limits = self._listener.limits
         self.now = now
         if self._lingers:
-            self._transport.abort()
+            if self._transport.get_write_buffer_size():
+                self._set_deadline(now + LINGER)
+            else:
+                self._transport.abort()
             return
         if self._goaway_at <= now:
             self._goaway_at = math.inf
@@ -504,33 +530,32 @@ class Http2(Connection):
         if self._frame_since + limits.head_timeout <= now:
             self._leave()
             return
-        if self._streams:
-            self._idle_since = now
-        for stream in list(self._streams.values()):
-            if stream.is_late(now, limits.body_timeout):
-                self._give_up_reading(stream)
-            elif stream.reads_too_little(now, limits.write_timeout):
-                self._wire.send(Reset(stream.id, _CANCEL))
-                stream.lost = True
-                self._forget(stream)
+        self._end_slow_streams(now)
         self._flush()
+        if self.lost or self._lingers:
+            return
         idle_until = self._idle_since + limits.timeout_keep_alive
         if not self._streams and self._frame_since == math.inf:
             if idle_until <= now:
                 self._leave()
             else:
                 self._set_deadline(min(idle_until, self._goaway_at))
-        elif not self.lost:
+        else:
             self._set_deadline(now + self._watch_every)
 
-    def _give_up_reading(self, stream: Http2Stream) -> None:
-        if stream.is_call:
-            self._wire.send(Reset(stream.id, _CANCEL))
-            stream.lost = True
-            self._forget(stream)
-        else:
-            reason = "The request's body did not arrive in time."
-            self._refuse(Refusal(stream.id, 408, reason))
+    def _end_slow_streams(self, now: float) -> None:
+        limits = self._listener.limits
+        if self._streams:
+            self._idle_since = now
+        for stream in list(self._streams.values()):
+            late = stream.is_late(now, limits.body_timeout)
+            if late and not stream.is_call:
+                reason = "The request's body did not arrive in time."
+                self._refuse(Refusal(stream.id, 408, reason))
+            elif late or stream.reads_too_little(now, limits.write_timeout):
+                self._wire.send(Reset(stream.id, _CANCEL))
+                stream.lost = True
+                self._forget(stream)
 
     def _leave(self) -> None:
         """Say goodbye and close; streams that the peer has just opened it may retry."""

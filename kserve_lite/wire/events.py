@@ -56,16 +56,17 @@ class Request(NamedTuple):
 class Response(NamedTuple):
     """The head of an answer, or all of it.
 
-    With `body` it is the whole answer: the codec says its length, and no event
-    follows. Without, `Data` and `EndOfMessage` do: with `content-length` among its
-    headers the body has that length, otherwise the codec frames it itself (chunked in
-    HTTP/1.1).
+    With `body` it is the whole answer: the codec says its length, and no event follows;
+    `trailers` are then the fields after the body (HTTP/2 only). Without, `Data` and
+    `EndOfMessage` do: with `content-length` among its headers the body has that length,
+    otherwise the codec frames it itself (chunked in HTTP/1.1).
     """
 
     stream_id: int
     status: int
     headers: RawHeaders
     body: Buffer | None = None
+    trailers: RawHeaders | None = None
 
 
 class Data(NamedTuple):

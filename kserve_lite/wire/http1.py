@@ -217,7 +217,7 @@ class Http1Connection:
             out.append(data)
 
     def _answer_head(self, response: Response, out: list[Buffer]) -> None:
-        _, status, headers, body = response
+        _, status, headers, body, _ = response
         if (
             headers is self._last_answered
             and body is not None

@@ -96,6 +96,11 @@ class Http2Connection(FrameReader):
         stream = self._streams.get(stream_id)
         return 0 if stream is None else stream.queued
 
+    def handed_out(self, stream_id: int) -> int:
+        """Count the body bytes of an answer that were handed out so far."""
+        stream = self._streams.get(stream_id)
+        return 0 if stream is None else stream.sent
+
     def acknowledge(self, stream_id: int, count: int) -> None:
         """Say that `count` body bytes of a request are held no longer."""
         stream = self._streams.get(stream_id)

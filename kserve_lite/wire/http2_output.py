@@ -105,10 +105,13 @@ class Outbox:
         if status in _BODILESS:
             stream.ended = True
         else:
-            if body is not None:
+            if response.trailers is not None:
+                self.add_trailers(stream, response.trailers)
+            elif body is not None:
                 block += encode_length(memoryview(body).nbytes)
             if stream.is_head:
                 stream.ended = True
+                stream.trailers = None
             elif body is not None:
                 self.add_body(stream, body)
                 stream.ended = True
@@ -262,6 +265,7 @@ class Outbox:
         self.window -= size
         stream.send_window -= size
         stream.queued -= size
+        stream.sent += size
         if stream.queued:
             last = 0
             stream.line = self._ready

@@ -59,6 +59,10 @@ _TOO_LARGE = MAX_FRAME_SIZE + 1 << 8
 _SMALL_READ = 64 * 1024
 
 
+# By name, the tuple would be made by a Python function: 0.35 us instead of 0.15.
+_new_request = tuple.__new__
+
+
 class _OpenBlock(NamedTuple):
     """HEADERS whose CONTINUATION is still to come."""
 
@@ -88,7 +92,8 @@ class FrameReader(ControlFrames):
         """Take bytes that arrived; return what they mean, in order.
 
         What `Data` events hold is valid only until the next call: the owner copies it
-        to where the body belongs. A body's bytes come as they arrive, in any pieces.
+        to where the body belongs. A body's bytes come as they arrive, in any pieces; a
+        request of which all came is one `Request` with its body.
         """
         events: list[Event] = []
         if self._dead:
@@ -225,20 +230,23 @@ class FrameReader(ControlFrames):
             return
         if self._budgets.control < CONTROL_BUDGET:
             self._budgets.control += 1
-        if size and start < len(buffer) and not stream.refused:
-            events.append(
-                Data(
-                    stream_id,
-                    buffer[start:end]
-                    if size <= _COPIED
-                    else memoryview(buffer)[start:end],
-                )
+        if ends and end <= len(buffer) and _just_began(stream_id, events):
+            # All of it in one read: one event, as most small requests come.
+            stream.receiving = False
+            self._credit.complete(stream)
+            _, method, target, fields, _ = events[-1]  # type: ignore[misc]
+            body = bytes(buffer[start:end])
+            events[-1] = _new_request(
+                Request, (stream_id, method, target, fields, body)
             )
-        if ends:
-            if end <= len(buffer):
-                self._end_request(stream, events)
-        elif stream.window < self._credit.low:
+            return
+        if start < len(buffer) and size and not stream.refused:
+            payload = buffer if size <= _COPIED else memoryview(buffer)
+            events.append(Data(stream_id, payload[start:end]))
+        if not ends:
             self._credit.refill(stream)
+        elif end <= len(buffer):
+            self._end_request(stream, events)
 
     def _is_expected(
         self, stream: Stream, size: int, ends: int, events: list[Event]
@@ -375,9 +383,12 @@ class FrameReader(ControlFrames):
             if head.refused is not None:
                 events.append(Refusal(stream_id, *head.refused))
                 return
-        events.append(Request(stream_id, head.method, head.target, head.headers))
-        if ends:
-            events.append(EndOfMessage(stream_id))
+        body = b"" if ends else None
+        events.append(
+            _new_request(
+                Request, (stream_id, head.method, head.target, head.headers, body)
+            )
+        )
 
     def _open_special(self, stream: Stream, head: Head) -> None:
         stream.is_head = head.method == "HEAD"
@@ -435,6 +446,11 @@ class FrameReader(ControlFrames):
             # nothing at all.
             self._outbox = Outbox()
         events.append(Refusal(0, None, fault.reason))
+
+
+def _just_began(stream_id: int, events: list[Event]) -> bool:
+    """Whether the head of this stream is the last that came."""
+    return bool(events) and type(events[-1]) is Request and events[-1][0] == stream_id
 
 
 def _strip_padding(buffer: Buffer, start: int, end: int) -> tuple[int, int]:

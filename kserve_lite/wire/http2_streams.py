@@ -32,6 +32,7 @@ class Stream:
         "receiving",
         "refused",
         "send_window",
+        "sent",
         "trailers",
         "window",
     )
@@ -56,6 +57,7 @@ class Stream:
         self.blocks: tuple[bytes, ...] = ()
         self.body: deque[Buffer] = deque()
         self.queued = 0
+        self.sent = 0
         self.trailers: bytes | None = None
         self.ended = False
         self.line: deque[Stream] | None = None

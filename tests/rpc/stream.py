@@ -120,9 +120,21 @@ class Answer(NamedTuple):
         return type(proto(name)).FromString(message)
 
 
+def _spread(events: Iterable[Outgoing]) -> Iterable[Outgoing]:
+    """Take an answer that is sent whole apart into head, body and trailers."""
+    for event in events:
+        if isinstance(event, Response) and event.body is not None:
+            assert event.trailers is not None
+            yield event._replace(body=None, trailers=None)
+            yield Data(event.stream_id, event.body)
+            yield Trailers(event.stream_id, event.trailers)
+        else:
+            yield event
+
+
 def answer_in(sent: Iterable[tuple[Outgoing, ...]]) -> Answer:
     """Read an answer strictly: what a client may not get fails here."""
-    events = [event for batch in sent for event in batch]
+    events = [event for batch in sent for event in _spread(batch)]
     first, last = events[0], events[-1]
     assert isinstance(first, Response)
     assert first.body is None

@@ -27,6 +27,7 @@ from kserve_lite.wire.frames import (
 )
 from kserve_lite.wire.http2 import Http2Connection
 from kserve_lite.wire.limits import WireLimits
+from tests.wire.spread import spread
 
 Field = tuple[bytes, bytes]
 
@@ -37,6 +38,11 @@ POST: tuple[Field, ...] = (
     (b":authority", b"a"),
 )
 GET: tuple[Field, ...] = ((b":method", b"GET"), *POST[1:])
+
+
+def received(connection: Http2Connection, data: Buffer) -> list[Event]:
+    """What bytes mean, with whole requests taken apart."""
+    return spread(connection.receive(data))
 
 
 class Frame(NamedTuple):
@@ -147,7 +153,7 @@ def sent(connection: Http2Connection) -> list[Frame]:
 
 
 def feed(connection: Http2Connection, *frames: Frame) -> list[Event]:
-    return connection.receive(joined(frames))
+    return received(connection, joined(frames))
 
 
 def started(
@@ -155,7 +161,7 @@ def started(
 ) -> Http2Connection:
     """A server that has said and heard its settings."""
     connection = Http2Connection(limits)
-    events = connection.receive(PREFACE + joined([settings(*first), SETTINGS_ACK]))
+    events = received(connection, PREFACE + joined([settings(*first), SETTINGS_ACK]))
     assert events == []
     sent(connection)
     return connection
@@ -185,7 +191,7 @@ def ended_with(connection: Http2Connection, events: list[Event]) -> int:
     assert connection.closed
     frame = sent(connection)[-1]
     assert frame.kind == GOAWAY
-    assert connection.receive(bytes(ping())) == []
+    assert received(connection, bytes(ping())) == []
     assert sent(connection) == []
     return int(struct.unpack(">L", frame.payload[4:8])[0])
 
@@ -220,7 +226,7 @@ class Pair:
                 theirs += self.client.receive_data(bytes(part))
             raw = self.client.data_to_send()
             if raw:
-                ours += self.server.receive(raw)
+                ours += received(self.server, raw)
             elif not parts:
                 return merged(ours), theirs
 

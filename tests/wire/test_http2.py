@@ -109,7 +109,7 @@ def test_padding_is_taken_off() -> None:
 def test_large_frames_arrive_as_views_of_the_read() -> None:
     connection = started()
     raw = bytes(peer.open_headers(1)) + bytes(peer.data(1, b"x" * 60_000))
-    events = connection.receive(memoryview(raw + bytes(200_000 - len(raw))))
+    events = peer.received(connection, memoryview(raw + bytes(200_000 - len(raw))))
     piece = events[1]
     assert isinstance(piece, Data)
     assert isinstance(piece.data, memoryview)
@@ -119,20 +119,25 @@ def test_large_frames_arrive_as_views_of_the_read() -> None:
 def test_a_body_does_not_wait_for_its_frame() -> None:
     connection = started()
     raw = peer.joined([peer.open_headers(1), peer.last_data(1, b"abcdef")])
-    events = connection.receive(raw[:-4])
+    events = peer.received(connection, raw[:-4])
     assert merged(events)[1:] == [Data(1, b"ab")]
     assert peer.is_midway(connection)
-    assert merged(connection.receive(raw[-4:-1])) == [Data(1, b"cde")]
-    assert merged(connection.receive(raw[-1:])) == [Data(1, b"f"), EndOfMessage(1)]
+    assert merged(peer.received(connection, raw[-4:-1])) == [Data(1, b"cde")]
+    assert merged(peer.received(connection, raw[-1:])) == [
+        Data(1, b"f"),
+        EndOfMessage(1),
+    ]
     assert not peer.is_midway(connection)
 
 
 def test_the_rest_of_a_frame_of_a_stream_that_is_over_is_dropped() -> None:
     connection = started()
     raw = peer.joined([peer.open_headers(1), peer.last_data(1, b"abcdef")])
-    connection.receive(raw[:-4])
+    peer.received(connection, raw[:-4])
     connection.send(Reset(1, ErrorCode.CANCEL))
-    assert connection.receive(raw[-4:] + bytes(peer.headers(3)))[0].stream_id == 3
+    assert (
+        peer.received(connection, raw[-4:] + bytes(peer.headers(3)))[0].stream_id == 3
+    )
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
@@ -141,7 +146,9 @@ def test_any_buffer_is_taken(kind: type[bytes | bytearray | memoryview]) -> None
     frames = [peer.settings(), peer.open_headers(1), peer.data(1, b"y" * 50_000)]
     raw = PREFACE + peer.joined([*frames, *10 * [peer.Frame(0xBB, 0, 0, b"z" * 9000)]])
     cut = len(PREFACE) + 15
-    events = connection.receive(kind(raw[:cut])) + connection.receive(kind(raw[cut:]))
+    events = peer.received(connection, kind(raw[:cut])) + peer.received(
+        connection, kind(raw[cut:])
+    )
     assert merged(events)[1:] == [Data(1, b"y" * 50_000)]
 
 
@@ -534,7 +541,7 @@ def test_a_bad_preface_is_closed_without_a_word(raw: bytes) -> None:
         connection = Http2Connection()
         events: list[Event] = []
         for start in range(0, len(raw), size):
-            events += connection.receive(raw[start : start + size])
+            events += peer.received(connection, raw[start : start + size])
         (refusal,) = events
         assert isinstance(refusal, Refusal)
         assert refusal[:2] == (0, None)
@@ -548,7 +555,7 @@ def test_what_the_server_says_first() -> None:
     first, second = sent(connection)
     assert first == peer.settings((1, 4096), (3, 7), (4, 2**20), (5, 65536), (6, 1000))
     assert second == peer.window_update(0, 2**31 - 65536)
-    assert connection.receive(PREFACE) == []
+    assert peer.received(connection, PREFACE) == []
     assert peer.is_midway(connection)
     assert feed(connection, peer.settings((1, 10))) == []
     assert not peer.is_midway(connection)
@@ -588,7 +595,7 @@ def everything(pieces: list[bytes]) -> tuple[list[Event], list[peer.Frame]]:
     connection = Http2Connection()
     events: list[Event] = []
     for piece in pieces:
-        events += merged(connection.receive(piece))
+        events += merged(peer.received(connection, piece))
     return merged(events), sent(connection)
 
 

@@ -240,7 +240,7 @@ def test_streams_beyond_the_limit_are_counted() -> None:
     assert until_refused(started(limits), attack, 2000) == RESET_BUDGET + 1
     # Who cannot know of the limit yet has more.
     connection = Http2Connection(limits)
-    connection.receive(PREFACE + bytes(peer.settings()))
+    peer.received(connection, PREFACE + bytes(peer.settings()))
     assert until_refused(connection, attack, 2000) >= CONTROL_BUDGET - 2
 
 

@@ -148,13 +148,13 @@ class Ours:
 
     def __init__(self) -> None:
         self.connection = Http2Connection()
-        self.connection.receive(
-            PREFACE + peer.joined([peer.settings(), peer.SETTINGS_ACK])
+        peer.received(
+            self.connection, PREFACE + peer.joined([peer.settings(), peer.SETTINGS_ACK])
         )
         peer.sent(self.connection)
 
     def judge(self, raw: bytes) -> Verdict:
-        return self.verdict(peer.merged(self.connection.receive(raw)))
+        return self.verdict(peer.merged(peer.received(self.connection, raw)))
 
     def verdict(self, events: list[Event]) -> Verdict:
         out = peer.sent(self.connection)

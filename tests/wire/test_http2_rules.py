@@ -389,7 +389,7 @@ def run(connection: Http2Connection, frames: list[Frame], step: int) -> list[Eve
             continue
         raw = bytes(frame)
         for start in range(0, len(raw), step):
-            events += connection.receive(raw[start : start + step])
+            events += peer.received(connection, raw[start : start + step])
     return peer.merged(events)
 
 
@@ -450,7 +450,7 @@ def test_stream_errors(name: str) -> None:
 )
 def test_settings_come_first(first: Frame) -> None:
     connection = Http2Connection()
-    events = connection.receive(PREFACE + bytes(first))
+    events = peer.received(connection, PREFACE + bytes(first))
     assert peer.ended_with(connection, events) == PROTOCOL_ERROR
 
 
@@ -506,7 +506,7 @@ def test_an_unfinished_block_is_mid_frame() -> None:
     assert peer.is_midway(connection)
     run(connection, [Frame(CONTINUATION, END_HEADERS, 1)], 99)
     assert not peer.is_midway(connection)
-    connection.receive(b"\0")
+    peer.received(connection, b"\0")
     assert peer.is_midway(connection)
 
 
