@@ -182,7 +182,14 @@ def _response(
 def _declared(arrays: list[tuple[str | None, Any]], model: Model) -> InferResponse:
     """Name the arrays and hold them to the declared outputs."""
     specs = model.outputs
-    if specs and len(specs) != len(arrays):
+    if not specs:
+        return InferResponse(
+            tuple(
+                _output(given or f"output-{index}", as_numpy(array), None)
+                for index, (given, array) in enumerate(arrays)
+            )
+        )
+    if len(specs) != len(arrays):
         raise ValueError(
             f"{len(specs)} outputs are declared, the handler returned {len(arrays)}"
         )
@@ -191,11 +198,9 @@ def _declared(arrays: list[tuple[str | None, Any]], model: Model) -> InferRespon
     for index, (given, array) in enumerate(arrays):
         if given is not None:
             name, spec = given, by_name.get(given)
-        elif specs:
+        else:
             spec = specs[index]
             name = spec.name or f"output-{index}"
-        else:
-            name, spec = f"output-{index}", None
         tensors.append(_output(name, as_numpy(array), spec))
     return InferResponse(tuple(tensors))
 

@@ -62,6 +62,9 @@ class CallStream(Protocol):
         may_wait: the caller may take its time to send the first of these bytes.
         """
 
+    def whole(self) -> Buffer | None:
+        """The whole body, where all of it came at once and none has been read."""
+
     def abort(self) -> None:
         """Cut the stream, so that the peer sees that the answer is incomplete."""
 
@@ -129,10 +132,8 @@ class Call:
 
         Raises InvalidInput for a `-bin` value that is no base64.
         """
-        binary = [name for name in self._headers if name[-4:] == "-bin"]
-        if not binary:
-            return self._headers
-        return _binary(self._headers, binary)
+        headers = self._headers
+        return _binary(headers, headers.binary) if headers.binary else headers
 
     def deadline(self) -> float | None:
         """When the caller stops waiting, by `time.monotonic()`; None: it does not.
@@ -154,6 +155,9 @@ class Call:
         Raises InvalidInput and GRPCError for what the peer does wrong.
         """
         if idle is None:
+            whole = self._stream.whole()
+            if whole is not None and self._is_one_message(whole):
+                return whole[5:] if len(whole) <= _SMALL else memoryview(whole)[5:]
             prefix = await self._stream.read(5)
         else:
             with idle():
@@ -177,6 +181,15 @@ class Call:
             encoding = self._headers.get("grpc-encoding", "identity")
             return await inflate(body, encoding, self._limit)
         return body
+
+    def _is_one_message(self, body: Buffer) -> bool:
+        """Whether a body is one message, not compressed and not too long."""
+        size = len(body) - 5
+        return (
+            0 <= size <= self._limit
+            and body[0] == 0
+            and int.from_bytes(body[1:5], "big") == size
+        )
 
     async def send(self, message: Message) -> None:
         """Send one of several messages; the head goes with the first."""

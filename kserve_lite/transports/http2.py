@@ -11,6 +11,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
 from kserve_lite.rest.replies import error_reply
@@ -119,6 +120,10 @@ class Http2Stream:
     def size(self) -> int:
         """Bytes of the body that are held here."""
         return len(self._body)
+
+    def whole(self) -> Buffer | None:
+        """The whole body, where all of it came at once and none has been read."""
+        return self.request.body if self._offset == 0 else None
 
     async def read(self, size: int, *, may_wait: bool = False) -> Buffer:
         """Return `size` bytes of the body; fewer only at its end.
@@ -453,11 +458,15 @@ class Http2(Connection):
         if self._write_deadline == math.inf and transport.get_write_buffer_size():
             self._watch_writing()
         if transport.can_write_eof():
-            transport.write_eof()
+            with suppress(OSError):  # reset already, which the loop has yet to see
+                transport.write_eof()
+        else:  # TLS has an end of its own, and reads until the peer has heard of it
+            transport.close()
 
     def _close(self) -> None:
-        if self._listener.draining and self._idle_since + LINGER < self._loop.time():
-            super()._close()  # nobody reads an answer: a stop need not wait
+        now = self._loop.time()
+        if self._eof or (self._listener.draining and self._idle_since + LINGER < now):
+            super()._close()  # nothing comes that matters, and a stop need not wait
         else:
             self._linger()
 

@@ -21,15 +21,24 @@ class Headers(dict[str, str]):
     `raw` keeps all of them in the order in which they came, names in lower case.
     Values are decoded as ISO-8859-1, which no byte fails (RFC 9110 section 5.5).
     A dict, so that looking one up, which every request does, costs no Python call.
+    `binary` holds the names that end in `-bin`, whose values gRPC encodes as base64;
+    it is told when it is first asked for, as the same head tends to come again.
     """
 
-    __slots__ = ("raw",)
+    __slots__ = ("_binary", "raw")
 
     def __init__(self, raw: RawHeaders = ()) -> None:
         super().__init__(
             (name.decode("ascii"), value.decode("latin-1")) for name, value in raw
         )
         self.raw = raw
+        self._binary: tuple[str, ...] | None = None
+
+    @property
+    def binary(self) -> tuple[str, ...]:
+        if self._binary is None:
+            self._binary = tuple(name for name in self if name.endswith("-bin"))
+        return self._binary
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise TypeError("a request's headers are read-only")

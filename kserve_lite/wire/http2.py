@@ -64,6 +64,8 @@ class Http2Connection(FrameReader):
             if stream.ended:
                 continue
             if isinstance(event, Response):
+                if outbox.add_whole(stream, event):
+                    continue
                 outbox.add_head(stream, event)
             elif isinstance(event, Data):
                 outbox.add_body(stream, event.data)

@@ -192,7 +192,8 @@ class ControlFrames:
 
     def _answered(self, stream: Stream, out: list[Buffer]) -> None:
         """Note that the answer is handed out, which is the end of the stream."""
-        del self._streams[stream.id]
+        if self._streams.pop(stream.id, None) is None:
+            return  # reset after it was written
         self._credit.release(stream)
         if self._budgets.resets < RESET_BUDGET:
             self._budgets.resets += 1

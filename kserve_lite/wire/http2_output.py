@@ -59,6 +59,7 @@ class Outbox:
         self.fruitful = 0
         self.finished: list[Stream] = []
         self._control: list[Buffer] = []
+        self._whole: list[Buffer] = []  # small answers, as they are written
         self._ready: deque[Stream] = deque()
         self._blocked: deque[Stream] = deque()  # by the connection's window
         # Answers to one peer tend to have the same headers, object for object.
@@ -77,6 +78,8 @@ class Outbox:
         """Drop everything but control frames."""
         self._ready.clear()
         self._blocked.clear()
+        self._whole.clear()
+        self.finished.clear()
 
     def drop(self, stream: Stream) -> None:
         """Drop what the stream has queued."""
@@ -87,17 +90,73 @@ class Outbox:
             stream.line.remove(stream)
             stream.line = None
 
+    def add_whole(self, stream: Stream, response: Response) -> bool:
+        """Write a small answer that is all there at once; False: that is not so.
+
+        In a third of the steps that the queues take. It is handed out by the next
+        `take()`, and its stream counts as open until then.
+        """
+        stream_id, status, headers, body, trailers = response
+        if (
+            body is None
+            or status < 200
+            or status in _BODILESS
+            or stream.is_head
+            or stream.line is not None
+            or stream.blocks
+            or self._table_update_due
+            or not 0 < len(body) <= _JOINED
+            or type(body) is not bytes
+            or len(body) > self.window
+            or len(body) > stream.send_window
+        ):
+            return False
+        size = len(body)
+        block = self._block_of(status, headers)
+        end = b""
+        if trailers is None:
+            block += encode_length(size)
+        else:
+            end = self._trailer_block_of(trailers)
+        if len(block) > LEAST_FRAME_SIZE or len(end) > LEAST_FRAME_SIZE:
+            return False
+        self.window -= size
+        stream.ended = True
+        whole = self._whole
+        whole += (
+            pack_header(len(block) << 8 | HEADERS, END_HEADERS, stream_id),
+            block,
+            pack_header(size << 8, 0 if end else END_STREAM, stream_id),
+            body,
+        )
+        if end:
+            whole += (
+                pack_header(
+                    len(end) << 8 | HEADERS, END_HEADERS | END_STREAM, stream_id
+                ),
+                end,
+            )
+        self.finished.append(stream)
+        self.fruitful += 1
+        return True
+
+    def _block_of(self, status: int, headers: RawHeaders) -> bytes:
+        if headers is not self._last_headers or status != self._last_status:
+            self._last_block = encode_block(status, headers)
+            self._last_headers = headers
+            self._last_status = status
+        return self._last_block
+
+    def _trailer_block_of(self, headers: RawHeaders) -> bytes:
+        if headers is not self._last_trailers:
+            self._last_trailer_block = encode_block(0, headers)
+            self._last_trailers = headers
+        return self._last_trailer_block
+
     def add_head(self, stream: Stream, response: Response) -> None:
         """Queue the head of an answer, and its body where it has one."""
         status = response.status
-        headers = response.headers
-        if headers is self._last_headers and status == self._last_status:
-            block = self._last_block
-        else:
-            block = encode_block(status, headers)
-            self._last_headers = headers
-            self._last_status = status
-            self._last_block = block
+        block = self._block_of(status, response.headers)
         body = response.body
         if status < 200:
             stream.blocks += (block,)
@@ -128,10 +187,7 @@ class Outbox:
 
     def add_trailers(self, stream: Stream, headers: RawHeaders) -> None:
         """Queue the fields that end an answer."""
-        if headers is not self._last_trailers:
-            self._last_trailer_block = encode_block(0, headers)
-            self._last_trailers = headers
-        stream.trailers = self._last_trailer_block
+        stream.trailers = self._trailer_block_of(headers)
         stream.ended = True
 
     def schedule(self, stream: Stream) -> None:
@@ -206,6 +262,9 @@ class Outbox:
         if small:
             self._control = []
             self.control_size = 0
+        if self._whole:
+            small += self._whole
+            self._whole.clear()
         ready = self._ready
         while ready and room > 0:
             room -= self._take_turn(ready.popleft(), small, out)

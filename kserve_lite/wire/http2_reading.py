@@ -149,6 +149,11 @@ class FrameReader(ControlFrames):
             if kind == _DATA:
                 self._on_data(buffer, start, end, flags, stream_id, events)
             elif kind == _HEADERS:
+                if flags == _END_HEADERS:
+                    whole = self._on_whole(buffer, start, end, stream_id, events)
+                    if whole:
+                        position = whole
+                        continue
                 self._on_headers(buffer, start, end, flags, stream_id, events)
             else:
                 self._on_other(
@@ -189,6 +194,64 @@ class FrameReader(ControlFrames):
             raise ConnectionFault(
                 ErrorCode.PROTOCOL_ERROR, f"another frame came in place of {expected}"
             )
+
+    def _on_whole(
+        self,
+        buffer: Buffer,
+        start: int,
+        end: int,
+        stream_id: int,
+        events: list[Event],
+    ) -> int:
+        """Take HEADERS that came before, followed by the whole body in one DATA frame.
+
+        So most requests come, and nothing else can be wrong with them: a quarter of the
+        steps. Returns where the DATA ends; 0 leaves both frames to the ordinary way.
+        """
+        body = end + _HEADER_SIZE
+        head = self._reader.remembered.get(bytes(buffer[start:end]))
+        past = self._past
+        if (
+            head is None
+            or head.special
+            or len(buffer) < body
+            or stream_id != past.highest + 2
+            or past.final is not None
+            or len(self._streams) >= self.limits.max_streams
+        ):
+            return 0
+        word, flags, data_id = _unpack_header(buffer, end)
+        size: int = word >> 8
+        if (
+            word & 0xFF != _DATA
+            or flags != _END_STREAM
+            or data_id != stream_id
+            or head.length not in (-1, size)
+            or len(buffer) < body + size
+            or size > self._credit.initial
+            or self._window - size < _LOW_WINDOW
+        ):
+            return 0
+        self._window -= size
+        past.highest = self._last_accepted = stream_id
+        stream = Stream(stream_id, self._credit.initial, self._outbox.initial_window, 0)
+        stream.receiving = False
+        self._streams[stream_id] = stream
+        if self._budgets.control < CONTROL_BUDGET:
+            self._budgets.earn(CONTROL_BUDGET_PER_REQUEST)
+        events.append(
+            _new_request(
+                Request,
+                (
+                    stream_id,
+                    head.method,
+                    head.target,
+                    head.headers,
+                    bytes(buffer[body : body + size]),
+                ),
+            )
+        )
+        return body + size
 
     def _on_other(self, kind: int, frame: Frame, events: list[Event]) -> None:
         if kind == frames.CONTINUATION:

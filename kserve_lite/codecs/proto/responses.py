@@ -45,7 +45,8 @@ def encode(response: InferResponse, *, raw: bool) -> list[Buffer]:
                 del message.outputs[-1]
         else:
             large += _large_output(tensor)
-    return joined([message.SerializeToString(), *large])
+    start = message.SerializeToString()
+    return joined([start, *large]) if large else [start]
 
 
 def in_stream(pieces: list[Buffer]) -> list[Buffer]:
