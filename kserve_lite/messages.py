@@ -79,6 +79,22 @@ class InferResponse:
     parameters: Parameters = field(default_factory=dict)
 
 
+MAX_TIMEOUT_MS = 24 * 3600 * 1000
+
+
+def asked_deadline(headers: Mapping[str, str]) -> float | None:
+    """When a client that sent `x-request-timeout-ms` stops waiting; None: it does not.
+
+    By `time.monotonic()`. Raises InvalidInput for what is no whole number.
+    """
+    timeout = headers.get("x-request-timeout-ms")
+    if timeout is None:
+        return None
+    if not timeout.isascii() or not timeout.isdecimal() or len(timeout) > 9:
+        raise InvalidInput("x-request-timeout-ms must be a whole number.")
+    return time.monotonic() + min(int(timeout), MAX_TIMEOUT_MS) / 1e3
+
+
 class Context:
     """What a handler may know of its request; ask for it by the name `context`.
 

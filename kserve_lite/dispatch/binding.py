@@ -185,7 +185,9 @@ def _declared(arrays: list[tuple[str | None, Any]], model: Model) -> InferRespon
     if not specs:
         return InferResponse(
             tuple(
-                _output(given or f"output-{index}", as_numpy(array), None)
+                _output(
+                    f"output-{index}" if given is None else given, as_numpy(array), None
+                )
                 for index, (given, array) in enumerate(arrays)
             )
         )

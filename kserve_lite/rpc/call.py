@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeAlias
 from grpclib.metadata import encode_metadata
 
 from kserve_lite.errors import InvalidInput
+from kserve_lite.messages import asked_deadline
 from kserve_lite.rpc.compression import ACCEPTED, inflate, too_long
 from kserve_lite.wire.events import (
     Buffer,
@@ -138,11 +139,12 @@ class Call:
     def deadline(self) -> float | None:
         """When the caller stops waiting, by `time.monotonic()`; None: it does not.
 
-        Raises InvalidInput for a malformed grpc-timeout.
+        By grpc-timeout, or else by x-request-timeout-ms, as over REST. Raises
+        InvalidInput where it is malformed.
         """
         text = self._headers.get("grpc-timeout")
         if text is None:
-            return None
+            return asked_deadline(self._headers)
         match = _TIMEOUT.fullmatch(text)
         if match is None:
             raise InvalidInput("grpc-timeout must be up to 8 digits and a unit.")

@@ -294,6 +294,14 @@ async def test_the_deadline_reaches_the_handler() -> None:
         for text, seconds in (("2H", 7200), ("5S", 5), ("90000000u", 90)):
             await app.call("ModelInfer", asking(), metadata={"grpc-timeout": text})
             assert seen.pop()[2].remaining() == pytest.approx(seconds, abs=2)
+        # As over REST; grpc-timeout, the protocol's own, counts before it.
+        as_rest = {"x-request-timeout-ms": "90000"}
+        await app.call("ModelInfer", asking(), metadata=as_rest)
+        assert seen.pop()[2].remaining() == pytest.approx(90, abs=2)
+        await app.call(
+            "ModelInfer", asking(), metadata={"grpc-timeout": "5S"} | as_rest
+        )
+        assert seen.pop()[2].remaining() == pytest.approx(5, abs=2)
 
 
 @pytest.mark.parametrize(
