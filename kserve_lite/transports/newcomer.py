@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from kserve_lite.transports.connection import Connection
 from kserve_lite.transports.http1 import Http1
@@ -25,6 +25,7 @@ class Newcomer(Connection):
 
     _first = b""
     _handshake: asyncio.Task[None] | None = None
+    _tls: ssl.SSLContext | None = None  # until the handshake begins
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -34,15 +35,20 @@ class Newcomer(Connection):
             else:
                 self._become(Http1).refuse(503, "The server has too many connections.")
             return
-        self._set_deadline(self._loop.time() + self._listener.limits.timeout_keep_alive)
-        if self._listener.tls is not None:
-            # Counted before it is shaken hands with: that is a bound on handshakes.
-            self._transport.pause_reading()
-            self._handshake = self._loop.create_task(
-                self._shake_hands(self._listener.tls)
-            )
+        self._tls = self._listener.tls
+        limits = self._listener.limits
+        allowed = limits.head_timeout if self._tls else limits.timeout_keep_alive
+        self._set_deadline(self._loop.time() + allowed)
 
-    async def _shake_hands(self, context: ssl.SSLContext) -> None:
+    async def _shake_hands(self, context: ssl.SSLContext, hello: bytes) -> None:
+        """Begin TLS with the bytes that have come already.
+
+        Reading cannot be paused before any came: uvloop begins to read after
+        `connection_made()` whatever that has said, and `start_tls()` would miss them.
+        """
+        # Runs when `start_tls()` has set the protocol and before that begins.
+        self._loop.call_soon(self._hand_over, hello)
+        encrypted: asyncio.Transport | None = None
         try:
             encrypted = await self._loop.start_tls(
                 self._transport,
@@ -54,18 +60,41 @@ class Newcomer(Connection):
             )
         except (OSError, asyncio.CancelledError):  # the peer's, or it is no TLS at all
             self._transport.abort()
-            self._listener.forget(self)
-            return
         finally:
             self._handshake = None
-        if encrypted is not None and not self.lost:
-            self._transport = encrypted
-            if self._first:  # it came with the end of the handshake
-                self._look()
+        if self.lost:
+            return
+        if encrypted is None or encrypted.is_closing():
+            # The loop tells of a loss only those that had a connection.
+            self.connection_lost(None)
+            return
+        self._transport = encrypted
+        if self._first:  # it came with the end of the handshake
+            self._look()
+
+    def _hand_over(self, data: bytes) -> None:
+        successor = cast("asyncio.BufferedProtocol", self._transport.get_protocol())
+        while data and successor is not self:
+            buffer = memoryview(successor.get_buffer(len(data)))
+            size = min(len(data), len(buffer))
+            buffer[:size] = data[:size]
+            successor.buffer_updated(size)
+            data = data[size:]
 
     def buffer_updated(self, nbytes: int) -> None:
         self._first += bytes(self._listener.scratch[:nbytes])
-        if self._handshake is None:
+        if self._tls is not None:
+            self._transport.pause_reading()
+            hello, self._first = self._first, b""
+            self._set_deadline(
+                self._loop.time() + self._listener.limits.timeout_keep_alive
+            )
+            # It is counted already: the bound on connections is one on handshakes.
+            self._handshake = self._loop.create_task(
+                self._shake_hands(self._tls, hello)
+            )
+            self._tls = None
+        elif self._handshake is None:
             self._look()
 
     def _look(self) -> None:

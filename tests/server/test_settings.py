@@ -22,6 +22,7 @@ def test_every_field_is_known_by_a_name_of_its_own() -> None:
     fields = [
         (group.name, field.name)
         for group in dataclasses.fields(settings)
+        if group.name != "given"
         for field in dataclasses.fields(getattr(settings, group.name))
     ]
     known = known_settings()
@@ -41,7 +42,16 @@ def test_every_setting_is_described(name: str) -> None:
 def test_every_setting_has_its_default_again(name: str) -> None:
     setting = known_settings()[name]
     made = make_settings(flags={name: str(setting.default)})
-    assert made == make_settings({name: setting.default}) == Settings()
+    assert made == make_settings({name: setting.default})
+    assert made == dataclasses.replace(Settings(), given=frozenset({name}))
+
+
+def test_what_was_given_is_known() -> None:
+    assert Settings().given == make_settings().given == frozenset()
+    made = make_settings(
+        {"grpc_port": 8081}, environment={"PORT": "8080"}, flags={"enable_grpc": "yes"}
+    )
+    assert made.given == {"grpc_port", "http_port", "enable_grpc"}
 
 
 def test_environment_names_settings() -> None:
@@ -63,6 +73,9 @@ def test_environment_names_settings() -> None:
         ("enable_latency_logging", "No", False),
         ("log_level", "warning", "WARNING"),
         ("model_dir", "relative/path", "relative/path"),
+        ("grpc_port", "0", 0),
+        ("enable_grpc", "false", False),
+        ("ssl_certfile", "cert.pem", "cert.pem"),
     ],
 )
 def test_text_is_converted(name: str, text: str, value: object) -> None:
@@ -82,6 +95,8 @@ def test_text_is_converted(name: str, text: str, value: object) -> None:
         ("http_port", None, "a whole number"),
         ("http_port", "65536", "0 to 65535"),
         ("http_port", -1, "negative"),
+        ("grpc_port", "65536", "0 to 65535"),
+        ("enable_grpc", "maybe", "true or false"),
         ("max_connections", "9" * 30, "huge"),
         ("max_connections", "9" * 5000, "a whole number"),
         ("grace_period", "soon", "a number of seconds"),
@@ -111,7 +126,9 @@ def test_unusable_values_are_refused(name: str, value: object, words: str) -> No
     [
         ("htpp_port", "did you mean 'http_port'?"),
         ("max_conections", "did you mean 'max_connections'?"),
-        ("zzzz", "known: http_port, host, "),
+        ("zzzz", "known: http_port, grpc_port, "),
+        ("grcp_port", "did you mean 'grpc_port'?"),
+        ("ssl_cert_file", "did you mean 'ssl_certfile'?"),
     ],
 )
 def test_unknown_settings_are_refused(name: str, hint: str) -> None:
@@ -170,6 +187,8 @@ def test_environment_errors_name_the_variable() -> None:
         ),
         (["--http_port", "1", "a", "--http_port", "2"], ["a"], {"http_port": "2"}),
         (["a", "--http_port", "1", "b"], ["a", "b"], {"http_port": "1"}),
+        (["a", "--enable-grpc", "false"], ["a"], {"enable_grpc": "false"}),
+        (["--grpc-port=1", "a"], ["a"], {"grpc_port": "1"}),
     ],
 )
 def test_command_lines(

@@ -1,0 +1,1 @@
+"""Third-party clients, as people use them, against a real server's one port."""
