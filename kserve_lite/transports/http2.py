@@ -460,8 +460,6 @@ class Http2(Connection):
         if transport.can_write_eof():
             with suppress(OSError):  # reset already, which the loop has yet to see
                 transport.write_eof()
-        else:  # TLS has an end of its own, and reads until the peer has heard of it
-            transport.close()
 
     def _close(self) -> None:
         now = self._loop.time()
@@ -528,7 +526,7 @@ class Http2(Connection):
             if self._transport.get_write_buffer_size():
                 self._set_deadline(now + LINGER)
             else:
-                self._transport.abort()
+                super()._close()
             return
         if self._goaway_at <= now:
             self._goaway_at = math.inf

@@ -86,6 +86,9 @@ class FrameReader(ControlFrames):
         self._partial_id = 0
         self._partial_ends = 0
         self._expecting: list[Stream] = []
+        # Streams of which this read has brought the head and no body yet, and the place
+        # of the head among the read's events.
+        self._begun: dict[int, int] = {}
         self._window = frames.MAX_WINDOW
 
     def receive(self, data: Buffer) -> list[Event]:
@@ -98,6 +101,7 @@ class FrameReader(ControlFrames):
         events: list[Event] = []
         if self._dead:
             return events
+        self._begun.clear()
         buffer = data
         if self._tail:
             buffer = self._tail + data
@@ -149,11 +153,6 @@ class FrameReader(ControlFrames):
             if kind == _DATA:
                 self._on_data(buffer, start, end, flags, stream_id, events)
             elif kind == _HEADERS:
-                if flags == _END_HEADERS:
-                    whole = self._on_whole(buffer, start, end, stream_id, events)
-                    if whole:
-                        position = whole
-                        continue
                 self._on_headers(buffer, start, end, flags, stream_id, events)
             else:
                 self._on_other(
@@ -195,64 +194,6 @@ class FrameReader(ControlFrames):
                 ErrorCode.PROTOCOL_ERROR, f"another frame came in place of {expected}"
             )
 
-    def _on_whole(
-        self,
-        buffer: Buffer,
-        start: int,
-        end: int,
-        stream_id: int,
-        events: list[Event],
-    ) -> int:
-        """Take HEADERS that came before, followed by the whole body in one DATA frame.
-
-        So most requests come, and nothing else can be wrong with them: a quarter of the
-        steps. Returns where the DATA ends; 0 leaves both frames to the ordinary way.
-        """
-        body = end + _HEADER_SIZE
-        head = self._reader.remembered.get(bytes(buffer[start:end]))
-        past = self._past
-        if (
-            head is None
-            or head.special
-            or len(buffer) < body
-            or stream_id != past.highest + 2
-            or past.final is not None
-            or len(self._streams) >= self.limits.max_streams
-        ):
-            return 0
-        word, flags, data_id = _unpack_header(buffer, end)
-        size: int = word >> 8
-        if (
-            word & 0xFF != _DATA
-            or flags != _END_STREAM
-            or data_id != stream_id
-            or head.length not in (-1, size)
-            or len(buffer) < body + size
-            or size > self._credit.initial
-            or self._window - size < _LOW_WINDOW
-        ):
-            return 0
-        self._window -= size
-        past.highest = self._last_accepted = stream_id
-        stream = Stream(stream_id, self._credit.initial, self._outbox.initial_window, 0)
-        stream.receiving = False
-        self._streams[stream_id] = stream
-        if self._budgets.control < CONTROL_BUDGET:
-            self._budgets.earn(CONTROL_BUDGET_PER_REQUEST)
-        events.append(
-            _new_request(
-                Request,
-                (
-                    stream_id,
-                    head.method,
-                    head.target,
-                    head.headers,
-                    bytes(buffer[body : body + size]),
-                ),
-            )
-        )
-        return body + size
-
     def _on_other(self, kind: int, frame: Frame, events: list[Event]) -> None:
         if kind == frames.CONTINUATION:
             self._on_continuation(frame, events)
@@ -293,16 +234,18 @@ class FrameReader(ControlFrames):
             return
         if self._budgets.control < CONTROL_BUDGET:
             self._budgets.control += 1
-        if ends and end <= len(buffer) and _just_began(stream_id, events):
+        if ends and end <= len(buffer) and stream_id in self._begun:
             # All of it in one read: one event, as most small requests come.
             stream.receiving = False
             self._credit.complete(stream)
-            _, method, target, fields, _ = events[-1]  # type: ignore[misc]
+            index = self._begun[stream_id]
+            _, method, target, fields, _ = events[index]  # type: ignore[misc]
             body = bytes(buffer[start:end])
-            events[-1] = _new_request(
+            events[index] = _new_request(
                 Request, (stream_id, method, target, fields, body)
             )
             return
+        self._begun.pop(stream_id, None)
         if start < len(buffer) and size and not stream.refused:
             payload = buffer if size <= _COPIED else memoryview(buffer)
             events.append(Data(stream_id, payload[start:end]))
@@ -447,6 +390,8 @@ class FrameReader(ControlFrames):
                 events.append(Refusal(stream_id, *head.refused))
                 return
         body = b"" if ends else None
+        if not ends:
+            self._begun[stream_id] = len(events)
         events.append(
             _new_request(
                 Request, (stream_id, head.method, head.target, head.headers, body)
@@ -509,11 +454,6 @@ class FrameReader(ControlFrames):
             # nothing at all.
             self._outbox = Outbox()
         events.append(Refusal(0, None, fault.reason))
-
-
-def _just_began(stream_id: int, events: list[Event]) -> bool:
-    """Whether the head of this stream is the last that came."""
-    return bool(events) and type(events[-1]) is Request and events[-1][0] == stream_id
 
 
 def _strip_padding(buffer: Buffer, start: int, end: int) -> tuple[int, int]:
