@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
 import logging
 import os
@@ -22,6 +24,10 @@ from kserve_lite.server.logs import configure_logging
 from kserve_lite.server.settings import Settings, make_settings, parse_flags
 
 log = logging.getLogger("kserve_lite")
+
+# Of mallopt(3).
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 
 # Set while the command line imports the user's module, whose run() must then wait.
 importing: str | None = None
@@ -64,6 +70,7 @@ def fail(error: KServeLiteError) -> None:
 def serve_process(models: tuple[Model, ...], settings: Settings) -> None:
     """Serve in this process until a signal; or raise KServeLiteError."""
     configure_logging(settings.server.log_level)
+    _keep_freed_memory()
     server = Server(models, settings)
     try:
         anyio.run(
@@ -74,6 +81,19 @@ def serve_process(models: tuple[Model, ...], settings: Settings) -> None:
     finally:
         if server.dataplane.running:
             _leave(server)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep up to 64 MiB of freed memory, for the next large tensors.
+
+    It would give the buffers of each back to the kernel, which then has to clear fresh
+    pages for the next: half the time of a gRPC request of 602 KB. Where the C library
+    knows no mallopt(), nothing is done.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_TRIM_THRESHOLD, 64 * 1024 * 1024)
+        mallopt(_M_MMAP_THRESHOLD, 32 * 1024 * 1024)
 
 
 def _use_uvloop(event_loop: str) -> bool:

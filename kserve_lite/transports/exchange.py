@@ -28,7 +28,7 @@ from kserve_lite.wire.events import (
 
 if TYPE_CHECKING:
     from kserve_lite.rpc.call import CallStream
-    from kserve_lite.transports.http2 import Http2Stream
+    from kserve_lite.transports.http2_stream import Http2Stream
 
 log = logging.getLogger("kserve_lite")
 

@@ -10,19 +10,17 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
 from kserve_lite.rest.replies import error_reply
 from kserve_lite.transports.connection import JOIN_SIZE, Connection
 from kserve_lite.transports.exchange import call, exchange, sent_headers
+from kserve_lite.transports.http2_stream import Http2Stream
 from kserve_lite.transports.timeouts import (
     GOAWAY_WAIT,
     HALF_CLOSED,
     LINGER,
-    MIN_RATE,
-    STREAM_BUFFER,
     WATCH_EVERY,
 )
 from kserve_lite.wire.events import (
@@ -45,194 +43,6 @@ if TYPE_CHECKING:
 
 _CANCEL = ErrorCode.CANCEL
 _INTERNAL_ERROR = ErrorCode.INTERNAL_ERROR
-
-
-class Http2Stream:
-    """One request and its answer; what `exchange` and `call` read and write.
-
-    lost: nobody can be answered any more.
-    peer: the host of the peer.
-    """
-
-    __slots__ = (
-        "_arrived",
-        "_body",
-        "_came",
-        "_connection",
-        "_offset",
-        "_readable",
-        "_since",
-        "_watched",
-        "_watched_at",
-        "_writable",
-        "ended",
-        "id",
-        "is_call",
-        "lost",
-        "request",
-        "send",
-        "task",
-    )
-
-    def __init__(self, connection: Http2, request: Request, is_call: bool) -> None:
-        self.id = request.stream_id
-        self.request = request
-        self.is_call = is_call
-        self.ended = request.body is not None  # the request is complete
-        self.lost = False
-        self.task: asyncio.Task[None] | None = None
-        self._connection = connection
-        self.send: Callable[..., None] = connection.send
-        # Bytes where they came all at once, else a bytearray that grows.
-        self._body: Buffer = bytearray() if request.body is None else request.body
-        self._offset = 0  # of what a call has not read yet
-        self._readable: asyncio.Future[None] | None = None
-        self._writable: asyncio.Future[None] | None = None
-        # Since when the rest of a body or message is waited for, and what came since.
-        self._since = connection.now
-        self._came = 0
-        self._watched = 0
-        self._watched_at = math.inf
-
-    @property
-    def peer(self) -> str:
-        return self._connection.peer
-
-    # --- the request -----------------------------------------------------------------
-
-    def feed(self, data: Buffer) -> None:
-        """Take bytes of the body."""
-        cast("bytearray", self._body).extend(data)
-        self._came += len(data)
-        self._wake_reader()
-
-    def complete(self) -> None:
-        """All of the request has come."""
-        self.ended = True
-        self._wake_reader()
-
-    def taken_body(self) -> Buffer:
-        """The whole body, which is held here no longer."""
-        body, self._body = self._body, bytearray()
-        return body
-
-    @property
-    def size(self) -> int:
-        """Bytes of the body that are held here."""
-        return len(self._body)
-
-    def whole(self) -> Buffer | None:
-        """The whole body, where all of it came at once and none has been read."""
-        return self.request.body if self._offset == 0 else None
-
-    async def read(self, size: int, *, may_wait: bool = False) -> Buffer:
-        """Return `size` bytes of the body; fewer only at its end.
-
-        may_wait: the caller may take its time to send the first of these bytes, as
-            between two messages of a call.
-        """
-        while (held := len(self._body) - self._offset) < size and not self.ended:
-            if may_wait and not held:
-                self._since = math.inf
-            elif self._since == math.inf:
-                self._since, self._came = self._connection.now, held
-            self._readable = self._connection.future()
-            await self._readable
-        self._since = math.inf
-        return self._take(size)
-
-    def _take(self, size: int) -> Buffer:
-        body, start = self._body, self._offset
-        end = start + size
-        if self.ended:
-            self._offset = end
-            # The rest of a large body is handed over as it is, not copied.
-            return (
-                memoryview(body)[start:end] if size > STREAM_BUFFER else body[start:end]
-            )
-        if end >= len(body) > STREAM_BUFFER:
-            taken: Buffer = memoryview(self.taken_body())[start:]
-            self._offset = 0
-        else:
-            taken = bytes(body[start:end])
-            self._offset = min(end, len(body))
-            # A reader that is behind all along never comes to the end.
-            if self._offset == len(body) or self._offset > STREAM_BUFFER:
-                del cast("bytearray", body)[: self._offset]
-                self._offset = 0
-        self._connection.acknowledge(self.id, len(taken))
-        return taken
-
-    def _wake_reader(self) -> None:
-        if self._readable is not None:
-            if not self._readable.done():
-                self._readable.set_result(None)
-            self._readable = None
-
-    # --- the answer ------------------------------------------------------------------
-
-    @property
-    def stalled(self) -> bool:
-        return self._connection.unsent(self.id) > STREAM_BUFFER
-
-    async def drain(self) -> None:
-        if not self.stalled:
-            await asyncio.sleep(0)
-            return
-        self._writable = self._connection.future()
-        self._connection.writers.add(self)
-        await self._writable
-
-    def abort(self) -> None:
-        self._connection.send(Reset(self.id, _INTERNAL_ERROR))
-
-    def is_gone(self) -> bool:
-        return self.lost or self._connection.is_gone()
-
-    def end(self, complete: bool) -> None:
-        self.task = None
-        if not complete and not self.lost:
-            self._connection.send(Reset(self.id, _CANCEL))
-        self._connection.answered(self)
-
-    # --- called by the connection ----------------------------------------------------
-
-    def cancel(self) -> None:
-        """Cancel the handler, if it runs.
-
-        Not at once: a task that is cancelled before its first step never runs at all,
-        and so would not clear up.
-        """
-        if self.task is not None:
-            asyncio.get_running_loop().call_soon(self.task.cancel)
-
-    def wake_writer(self) -> bool:
-        """Let the handler go on if enough of its answer has been written."""
-        if self.stalled:
-            return False
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
-        self._writable = None
-        return True
-
-    def is_late(self, now: float, body_timeout: float) -> bool:
-        """Whether the rest of the request has been waited for too long."""
-        allowed = body_timeout + self._came / MIN_RATE
-        return not self.ended and self._since + allowed < now
-
-    def reads_too_little(self, now: float, write_timeout: float) -> bool:
-        """Whether the peer has read less than it must since the last look."""
-        if not self._connection.unsent(self.id):
-            self._watched_at = math.inf
-            return False
-        sent = self._connection.handed_out(self.id)
-        if self._watched_at == math.inf:
-            self._watched, self._watched_at = sent, now
-        elif self._watched_at + write_timeout <= now:
-            if sent - self._watched < MIN_RATE * write_timeout:
-                return True
-            self._watched, self._watched_at = sent, now
-        return False
 
 
 class Http2(Connection):
@@ -287,7 +97,7 @@ class Http2(Connection):
             return False
         self._eof_at = self._loop.time() + HALF_CLOSED
         self._set_deadline(min(self._deadline, self._eof_at))
-        return True
+        return self._transport.can_write_eof()  # TLS closes, and would warn of True
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lingers = False

@@ -324,9 +324,7 @@ async def test_not_ready_and_still_live_while_draining() -> None:
             # The head is begun before the stop: a new connection is not accepted.
             await probe.send(get("/v2/health/ready")[:-2])
             await until(
-                lambda: any(
-                    phase(c) == "HEAD" for c in server._listener._connections
-                )
+                lambda: any(phase(c) == "HEAD" for c in server._listener._connections)
             )
             server.stop()
             assert (await probe.ask(b"\r\n")).status == 503
