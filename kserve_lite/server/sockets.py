@@ -13,6 +13,10 @@ from kserve_lite.errors import StartupError
 BACKLOG = 2048
 
 
+# Seconds without a word, seconds between probes, and probes: gone within two minutes.
+KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
+
+
 class PortInUse(StartupError):
     """Something listens on the port already."""
 
@@ -61,6 +65,7 @@ def _listen(family: int, address: tuple[Any, ...]) -> socket.socket:
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _keep_alive(sock)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(address)
@@ -69,6 +74,18 @@ def _listen(family: int, address: tuple[Any, ...]) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    """Have the kernel find out that an idle client has vanished without a word.
+
+    A call that streams may be idle for as long as its client likes. Linux hands these
+    options down to the connections that are accepted.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEP_ALIVE.items():
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def _cannot_listen(host: str, port: int, flag: str, error: OSError) -> StartupError:

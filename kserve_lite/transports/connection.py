@@ -12,7 +12,7 @@ import asyncio
 import math
 from typing import TYPE_CHECKING, cast
 
-from kserve_lite.transports.timeouts import MIN_RATE
+from kserve_lite.transports.timeouts import CLOSING_EVERY, MIN_RATE
 
 if TYPE_CHECKING:
     from kserve_lite.transports.listener import Listener
@@ -37,6 +37,7 @@ class Connection(asyncio.BufferedProtocol):
         self.lost = False
         self.stalled = False
         self._eof = False
+        self.beneath: asyncio.Transport | None = None  # TLS, what it is spoken over
         self._writable: asyncio.Future[None] | None = None
         self._deadline = math.inf
         self._write_deadline = math.inf
@@ -143,12 +144,19 @@ class Connection(asyncio.BufferedProtocol):
         """What was waited for has not come in time."""
         self._close()
 
+    def _unsent(self) -> int:
+        """Bytes that are written and that the kernel has not taken yet."""
+        unsent = self._transport.get_write_buffer_size()
+        if self.beneath is not None:
+            unsent += self.beneath.get_write_buffer_size()
+        return unsent
+
     def _watch_writing(self) -> None:
         """Cut a peer that reads too little of what was written since the last look."""
         if self.lost:
             return
         seconds = self._listener.limits.write_timeout
-        left = self._transport.get_write_buffer_size()
+        left = self._unsent()
         looked_before = self._write_deadline < math.inf
         if looked_before and self._unwritten - left < MIN_RATE * seconds:
             self._transport.abort()
@@ -162,6 +170,12 @@ class Connection(asyncio.BufferedProtocol):
         if self.lost or self._transport.is_closing():
             return
         self._deadline = math.inf
-        self._transport.close()
-        if self._write_deadline == math.inf and self._transport.get_write_buffer_size():
+        unsent = self._unsent()
+        if unsent and self._write_deadline == math.inf:
             self._watch_writing()
+        if unsent and self.beneath is not None:
+            # The time that TLS gives to closing would bound what is still to be sent,
+            # and nobody tells when that is done.
+            self._loop.call_later(CLOSING_EVERY, self._close)
+        else:
+            self._transport.close()

@@ -107,7 +107,8 @@ class Http1(Connection):
         self._eof = True
         if self._phase is _ANSWER:
             self._wait(_HALF_CLOSED)
-            return True
+            # Under TLS the connection ends here, whatever is returned.
+            return self._transport.can_write_eof()
         return False
 
     # --- the stream that an exchange writes to -------------------------------------

@@ -333,7 +333,7 @@ class Http2(Connection):
         limits = self._listener.limits
         self.now = now
         if self._lingers:
-            if self._transport.get_write_buffer_size():
+            if self._unsent():
                 self._set_deadline(now + LINGER)
             else:
                 super()._close()

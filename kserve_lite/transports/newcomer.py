@@ -68,7 +68,7 @@ class Newcomer(Connection):
             # The loop tells of a loss only those that had a connection.
             self.connection_lost(None)
             return
-        self._transport = encrypted
+        self.beneath, self._transport = self._transport, encrypted
         if self._first:  # it came with the end of the handshake
             self._look()
 
@@ -116,6 +116,7 @@ class Newcomer(Connection):
             self._timer.cancel()
         successor = kind(self._listener)
         self._listener.replace(self, successor)
+        successor.beneath = self.beneath
         successor.connection_made(self._transport)
         self._transport.set_protocol(successor)
         return successor

@@ -56,3 +56,6 @@ STREAM_BUFFER = 64 * 1024
 # How long a stop waits for the peer to answer the first GOAWAY (RFC 9113 section 6.8)
 # with a PING before it says which stream was the last.
 GOAWAY_WAIT = 1.0
+
+# How often a TLS connection that closes is asked whether all of its answer is sent.
+CLOSING_EVERY = 0.05

@@ -534,3 +534,14 @@ async def test_cancellation_drains_and_leaves_nothing() -> None:
     (sock,) = listen_on("127.0.0.1", port)  # the port is free again
     sock.close()
     assert await everything_open() == before
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_KEEPIDLE"), reason="not on this system")
+async def test_clients_that_vanish_are_found_out() -> None:
+    """The connections that are accepted, not just the sockets that listen."""
+    async with serve(model_of(echo), **HERE) as server, Client(server.port) as client:
+        assert (await client.ask(predict(1))).status == 200
+        (connection,) = server._listener._connections
+        sock = connection._transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import ssl
 import subprocess
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,7 +21,8 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives import serialization
 
-from kserve_lite import InferResponse, Server, StartupError, serve
+from kserve_lite import InferResponse, Model, Server, StartupError, serve
+from kserve_lite.transports import newcomer
 from tests.certificates import Authority
 from tests.clients.calls import Stub, infer_request
 from tests.clients.models import make_echo
@@ -55,8 +58,12 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 @asynccontextmanager
-async def encrypted(authority: Authority, **settings: Any) -> AsyncGenerator[Server]:
-    async with serving(make_echo(), **authority.settings, **settings) as server:
+async def encrypted(
+    authority: Authority, model: Model | None = None, **settings: Any
+) -> AsyncGenerator[Server]:
+    async with serving(
+        model or make_echo(), **authority.settings, **settings
+    ) as server:
         assert server.url == f"https://127.0.0.1:{server.port}"
         yield server
 
@@ -168,6 +175,37 @@ async def test_large_bodies_both_ways(authority: Authority) -> None:
         credentials = grpc.ssl_channel_credentials(authority.ca.read_bytes())
         values = np.arange(5 * MEGABYTE, dtype=np.float32)
         assert np.array_equal(await asked_by_grpc(server, credentials, values), values)
+
+
+async def test_closing_leaves_time_for_a_slow_reader(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of an answer arrives, though it takes longer than closing may."""
+    monkeypatch.setattr(newcomer, "LINGER", 0.05)
+    size = 8_000_000
+
+    async def large(payload: object) -> bytes:
+        return bytes(size)
+
+    def ask(port: int) -> int:
+        context = authority.trusting("http/1.1")
+        with (
+            socket.create_connection(("localhost", port), PATIENCE) as plain,
+            context.wrap_socket(plain, server_hostname="localhost") as sock,
+        ):
+            sock.sendall(
+                b"POST /v1/models/large:predict HTTP/1.1\r\nHost: a\r\n"
+                b"Connection: close\r\nContent-Length: 2\r\n\r\n{}"
+            )
+            got = b""
+            while piece := sock.recv(200_000):
+                got += piece
+                time.sleep(0.002)  # a slow reader is what this is about
+            return len(got.partition(b"\r\n\r\n")[2])
+
+    model = Model("large", predict=large)
+    async with encrypted(authority, model) as server:
+        assert await asyncio.to_thread(ask, server.port) == size
 
 
 async def test_the_second_port_is_encrypted_too(authority: Authority) -> None:
