@@ -265,7 +265,7 @@ class Http2(Connection):
         self._lingers = True
         self.cancel()
         self._set_deadline(self._loop.time() + LINGER)
-        if self._write_deadline == math.inf and transport.get_write_buffer_size():
+        if self._write_deadline == math.inf and self._unsent():
             self._watch_writing()
         if transport.can_write_eof():
             with suppress(OSError):  # reset already, which the loop has yet to see
