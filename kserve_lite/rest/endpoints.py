@@ -80,6 +80,8 @@ class Endpoints:
             leads_to = methods.get(request.method)
             if leads_to is None:
                 return _unserved(request.target, methods)
+            if request.headers.get("content-encoding", "identity") != "identity":
+                return _ENCODED
             return await self._actions[leads_to.action](request, leads_to, body, gone)
         except InferenceFault as fault:
             return fault_reply(fault)
@@ -245,6 +247,14 @@ class Endpoints:
             raise self.dataplane.model_failed(model, context, error) from error
         finally:
             await items.aclose()
+
+
+# RFC 9110 section 15.5.16: the body of such a request would be read as it is.
+_ENCODED = error_reply(
+    415,
+    "Bodies are read as they are: send this one without Content-Encoding.",
+    ((b"accept-encoding", b"identity"),),
+)
 
 
 def _item(item: object) -> bytes:

@@ -231,6 +231,14 @@ async def test_mistakes_keep_the_connection(data: bytes, status: int) -> None:
         assert (await client.ask(LIVE)).status == 200
 
 
+async def test_415_for_a_body_that_is_encoded() -> None:
+    async with serving(echo) as server, Client(server.port) as client:
+        answer = await client.ask(post(b"\x1f\x8b", "Content-Encoding: gzip"))
+        assert (answer.status, answer.headers["accept-encoding"]) == (415, "identity")
+        plain = predict(1, "Content-Encoding: identity")
+        assert (await client.ask(plain)).status == 200
+
+
 async def test_405_says_what_is_allowed() -> None:
     async with serving(echo) as server, Client(server.port) as client:
         answer = await client.ask(get("/v2/models/m/infer"))
