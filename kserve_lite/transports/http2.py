@@ -42,11 +42,10 @@ if TYPE_CHECKING:
     from kserve_lite.transports.listener import Listener
 
 _CANCEL = ErrorCode.CANCEL
-_INTERNAL_ERROR = ErrorCode.INTERNAL_ERROR
 
 
 class Http2(Connection):
-    """Speaks HTTP/2 once the first bytes, or ALPN, have told so."""
+    """Speaks HTTP/2 once the first bytes have told so."""
 
     def __init__(self, listener: Listener) -> None:
         super().__init__(listener)
