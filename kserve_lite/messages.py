@@ -20,6 +20,10 @@ from kserve_lite.tensors import Parameters, Tensor
 if TYPE_CHECKING:
     import numpy as np
 
+# Inputs, requested outputs and parameters that one request may have of each. All are
+# looked at one by one on the event loop, and a few bytes make one. No model comes near.
+MAX_ENTRIES = 4096
+
 
 def new_id() -> str:
     """Return a fresh id of 32 hexadecimal digits. It names, it does not protect."""
@@ -99,7 +103,7 @@ class Context:
     """What a handler may know of its request; ask for it by the name `context`.
 
     model_name, model_version: the model that answers; the version may be None.
-    protocol: "v1", "v2" or "grpc".
+    protocol: "v1", "v2", "grpc", or "generate" for V2's generate extension.
     headers: the request's headers, read-only, names in lower case.
     response_headers: headers for the answer, filled by the handler.
     deadline: `time.monotonic()` at which the caller stops waiting; None: it does not.

@@ -9,12 +9,21 @@ Nothing here runs a handler: that is `dispatch/`.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack
 
 from kserve_lite.errors import ModelDefinitionError
-from kserve_lite.handlers import Function, Handler, Stage, read_handler
+from kserve_lite.handlers import (
+    Function,
+    Handler,
+    Stage,
+    named_outputs,
+    read_handler,
+    repeated,
+    with_inputs,
+)
 from kserve_lite.tensors import TensorSpec
 
 Plan: TypeAlias = tuple[Handler, ...]
@@ -31,6 +40,7 @@ class Phase(enum.Enum):
     LOADING = "its load handler runs"
     READY = "it answers requests"
     FAILED = "its load handler raised"
+    UNLOADING = "it takes no new requests and finishes those in flight"
     UNLOADED = "it has been stopped"
 
 
@@ -38,8 +48,10 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.DEFINED: frozenset({Phase.FROZEN}),
     Phase.FROZEN: frozenset({Phase.LOADING, Phase.UNLOADED}),
     Phase.LOADING: frozenset({Phase.READY, Phase.FAILED, Phase.UNLOADED}),
-    Phase.READY: frozenset({Phase.UNLOADED}),
+    # To itself: loaded again, while what was loaded before went on serving.
+    Phase.READY: frozenset({Phase.READY, Phase.UNLOADING, Phase.UNLOADED}),
     Phase.FAILED: frozenset({Phase.LOADING, Phase.UNLOADED}),
+    Phase.UNLOADING: frozenset({Phase.UNLOADED}),
     Phase.UNLOADED: frozenset({Phase.LOADING, Phase.FROZEN}),
 }
 
@@ -61,6 +73,13 @@ class Model:
 
     name: how clients address it; one path segment, so without "/".
     version: None for a model without versions.
+    inputs, outputs: what the model takes and gives, shown as metadata and enforced on
+        every protocol, for handlers whose annotations do not say it. An input needs a
+        name where there are several, or where no array parameter gives it one. Inputs
+        are those of the handlers that requests reach first (explain's too), outputs
+        those of a prediction. JSON that a handler takes or gives as it is (V1) is not
+        checked.
+    example: a V1 or V2 request body that works, for the API's description.
     **handlers: functions by stage, the same as decorating them.
 
     Requests run preprocess, predict (or explain), postprocess; only predict is needed.
@@ -70,11 +89,19 @@ class Model:
     a worker thread, or `async def`, which runs on the event loop.
 
     Raises ModelDefinitionError for what cannot work: a second handler of a stage, a
-    parameter that nobody provides, a registration after serving began.
+    parameter that nobody provides, two inputs of one name, a registration after serving
+    began; and, when serving begins, for declarations that do not fit the handlers.
     """
 
     def __init__(
-        self, name: str, *, version: str | None = None, **handlers: Unpack[Handlers]
+        self,
+        name: str,
+        *,
+        version: str | None = None,
+        inputs: Sequence[TensorSpec] | None = None,
+        outputs: Sequence[TensorSpec] | None = None,
+        example: dict[str, Any] | None = None,
+        **handlers: Unpack[Handlers],
     ) -> None:
         if not name or "/" in name:
             raise ModelDefinitionError(
@@ -88,7 +115,26 @@ class Model:
         self._handlers: dict[Stage, Handler] = {}
         self.is_checked = False
         self._plans: dict[Stage, Plan] = {}
-        self._outputs: tuple[TensorSpec, ...] | None = None
+        whose = f"Model({name!r})"
+        self._inputs = _declared(f"The inputs of {whose}", inputs)
+        twice = repeated(spec.name for spec in self._inputs)
+        if twice is not None:
+            raise ModelDefinitionError(
+                f"{whose} declares two inputs named {twice!r}: give each its own name."
+            )
+        if len(self._inputs) > 1 and not all(spec.name for spec in self._inputs):
+            raise ModelDefinitionError(
+                f"{whose} declares several inputs, one without a name: give each a "
+                'name, TensorSpec(..., name="x").'
+            )
+        declared = _declared(f"The outputs of {whose}", outputs)
+        self._outputs = named_outputs(declared, whose) or None
+        if example is not None and type(example) is not dict:
+            raise ModelDefinitionError(
+                f"The example of {whose} must be a request body, a dict; it is "
+                f"{type(example).__name__}."
+            )
+        self.example = example
         self._state: Any = None
         given: dict[str, Any] = dict(handlers)
         for stage_name, function in given.items():
@@ -158,29 +204,25 @@ class Model:
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """The declared inputs, named; empty where the annotations declare none."""
+        """The declared inputs, named; empty where none are declared.
+
+        Raises ModelDefinitionError where they do not fit the handler.
+        """
         plan = self.plan(Stage.PREDICT)
-        tensors = plan[0].tensors if plan else ()
-        return tuple(
-            TensorSpec(t.spec.datatype, t.spec.shape, t.spec.name or t.name)
-            for t in tensors
-            if t.spec is not None
-        )
+        if not plan:
+            return self._inputs
+        entry = plan[0]
+        if self._inputs and self.phase is Phase.DEFINED:
+            entry = with_inputs(entry, self._inputs)
+        return tuple(entry.inputs.values())
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """The declared outputs, named; empty where the annotations declare none."""
-        if self._outputs is not None:
+        """The declared outputs, named; empty where none are declared."""
+        if self._outputs is not None:  # every request asks
             return self._outputs
         plan = self.plan(Stage.PREDICT)
-        specs = plan[-1].outputs if plan else ()
-        named = tuple(
-            TensorSpec(spec.datatype, spec.shape, spec.name or f"output-{index}")
-            for index, spec in enumerate(specs)
-        )
-        if self.phase is not Phase.DEFINED:  # every request asks
-            self._outputs = named
-        return named
+        return plan[-1].outputs if plan else ()
 
     def freeze(self) -> None:
         """End the definition: from here on a registration is an error.
@@ -197,6 +239,8 @@ class Model:
                 f"Model {self.name!r} is being served already: serve it once, or make "
                 "a second Model."
             )
+        if self.phase is Phase.DEFINED:
+            self._declare()
         self.enter(Phase.FROZEN)
 
     def enter(self, phase: Phase, state: Any = None) -> None:
@@ -205,6 +249,29 @@ class Model:
             raise RuntimeError(f"a model cannot go from {self.phase} to {phase}")
         self.phase = phase
         self._state = state if phase is Phase.READY else None
+
+    def _declare(self) -> None:
+        """Hand what the constructor declared to the handlers that it is for."""
+        last = self.plan(Stage.PREDICT)[-1]
+        if self._outputs is not None and last.outputs:
+            raise ModelDefinitionError(
+                f"The {last.stage.value} handler of model {self.name!r} returns a "
+                "TensorSpec, and Model(outputs=) is given too: declare the outputs in "
+                "one of the two places."
+            )
+        entries = [Stage.PREPROCESS]
+        if Stage.PREPROCESS not in self._handlers:
+            entries = [Stage.PREDICT, Stage.EXPLAIN]
+        if self._inputs:
+            # All are made before one counts: a model that fails here may be mended.
+            self._handlers |= {
+                stage: with_inputs(self._handlers[stage], self._inputs)
+                for stage in entries
+                if stage in self._handlers
+            }
+        self._outputs = self.outputs
+        last = self._handlers[last.stage]
+        self._handlers[last.stage] = replace(last, outputs=self._outputs)
 
     def _register(self, stage: Stage, function: F) -> F:
         if self.phase is not Phase.DEFINED:
@@ -224,3 +291,13 @@ class Model:
     def __repr__(self) -> str:
         version = f", version={self.version!r}" if self.version else ""
         return f"Model({self.name!r}{version})"
+
+
+def _declared(whose: str, given: Sequence[TensorSpec] | None) -> tuple[TensorSpec, ...]:
+    if given is None:
+        return ()
+    if not isinstance(given, Sequence) or not all(
+        isinstance(spec, TensorSpec) for spec in given
+    ):
+        raise ModelDefinitionError(f"{whose} must be a list of TensorSpec.")
+    return tuple(given)

@@ -45,6 +45,12 @@ class Registry:
     def names(self) -> list[str]:
         return list(self._models)
 
+    def of_name(self, name: str) -> list[Model]:
+        """Every version of a name; raise ModelNotFound where there is none."""
+        if name not in self._models:
+            raise ModelNotFound(name)
+        return list(self._models[name].values())
+
     def versions(self, name: str) -> list[str]:
         """The versions of a name, oldest first; a model without one is not listed."""
         known = [version for version in self._models[name] if version is not None]

@@ -85,15 +85,17 @@ class TensorSpec:
     shape: one number a dimension; -1 stands for any size.
     name: the tensor's name; default: the parameter's name for an input, `output-N` for
         an output.
+    optional: whether requests may leave the input out; outputs are never optional.
 
-    Used in an annotation, `Annotated[np.ndarray, TensorSpec("FP32", [-1, 4])]`, it is
-    shown as metadata and enforced. Raises ModelDefinitionError for a datatype or shape
-    that cannot be.
+    Used in an annotation, `Annotated[np.ndarray, TensorSpec("FP32", [-1, 4])]`, or in
+    `Model(inputs=..., outputs=...)`, it is shown as metadata and enforced. Raises
+    ModelDefinitionError for a datatype or shape that cannot be.
     """
 
     datatype: str
     shape: Sequence[int]
     name: str | None = None
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if self.datatype not in DATATYPES:

@@ -82,6 +82,8 @@ def test_decorators_return_the_function_unchanged() -> None:
         (lambda m: m.predict(lambda p, *rest: p), "by name"),
         (lambda m: m.predict(lambda: 1), "payload"),
         (lambda m: m.predict(lambda state, p: p), "first"),
+        (lambda m: m.predict(lambda p, state, /: p), "'state' by position"),
+        (lambda m: m.predict(lambda *, p: p), "'p' by name only"),
         (lambda m: m.load(lambda state: 1), "nothing"),
         (lambda m: m.ready(lambda headers: True), "state"),
         (lambda m: m.predict("text"), "must be a function"),
@@ -107,15 +109,43 @@ def test_an_annotation_that_is_not_defined_says_so() -> None:
         Model("m", predict=predict)
 
 
+def test_variables_of_enclosing_functions_may_have_no_value_yet() -> None:
+    bound = TensorSpec("FP32", [-1])
+
+    def predict(x: Annotated[np.ndarray, bound]) -> dict[str, Any]:
+        return {"shape": bound.shape, "factor": factor}
+
+    model = Model("m", predict=predict)
+    factor = 3
+    assert model.inputs == (TensorSpec("FP32", (-1,), "x"),)
+    with ServerThread(model) as server:
+        answer = post(server, "/v1/models/m:predict", {"instances": [1]})
+        assert json.loads(answer.body) == {"shape": [-1], "factor": 3}
+
+    def unseen(x: Annotated[np.ndarray, later]) -> object:
+        return later
+
+    with pytest.raises(ModelDefinitionError, match=r"'later'.*not defined"):
+        Model("m", predict=unseen)
+    later = bound
+
+
 def test_mixed_annotations_are_refused() -> None:
-    def optional(x: np.ndarray | None) -> object:
+    def either(x: np.ndarray | dict[str, Any]) -> object:
+        return x
+
+    def libraries(x: np.ndarray | torch.Tensor | None) -> object:
+        return x
+
+    def declared(x: Annotated[torch.Tensor, SPEC] | str) -> object:
         return x
 
     def second(x: dict[str, Any], y: np.ndarray) -> object:
         return x, y
 
-    with pytest.raises(ModelDefinitionError, match="mixes"):
-        Model("m", predict=optional)
+    for mixed in (either, libraries, declared):
+        with pytest.raises(ModelDefinitionError, match="mixes"):
+            Model("m", predict=mixed)
     with pytest.raises(ModelDefinitionError, match="no tensor"):
         Model("m", predict=second)
 

@@ -13,7 +13,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from kserve_lite.rest.routes import ROUTES
@@ -182,8 +184,8 @@ def test_make_commands_exist_and_serve_the_digits_example() -> None:
 
 def test_every_command_is_run_by_a_test_here() -> None:
     covered = re.compile(
-        r"pip install \.$|make (serve|test)$|curl .*(doubler|digits)|"
-        r"python (app|ask)\.py|kserve-lite run app|openssl"
+        r"pip install \.$|make (serve|test)$|curl .*(doubler|digits|story)|"
+        r"python (app|ask|story)\.py|kserve-lite run app|openssl"
     )
     assert [c for c in commands() if not covered.match(c)] == []
 
@@ -231,6 +233,36 @@ def test_the_handlers_snippet_serves() -> None:
             capture_output=True,
         )
         assert streamed.stdout == b"data: 0\n\ndata: 1\n\n"
+
+
+def test_the_declared_model_serves_and_refuses() -> None:
+    names: dict[str, Any] = {}
+    exec(snippet("totals ="), names)
+    with ServerThread(names["totals"]) as server:
+        ask = f"{server.url}/v1/models/totals:predict"
+        rows = [[1, 2, 3, 4]]
+        answer = httpx.post(ask, json={"inputs": {"rows": rows}})
+        assert answer.json() == {"predictions": [10.0]}
+        weighed = {"inputs": {"rows": rows, "weights": [2, 2, 2, 2]}}
+        assert httpx.post(ask, json=weighed).json() == {"predictions": [20.0]}
+        answer = httpx.post(ask, json={"inputs": {"rows": [[1, 2, 3]]}})
+        assert answer.status_code == 400
+        for word in ("rows", "FP32[-1,4]", "FP32[1,3]"):
+            assert word in answer.json()["error"]
+
+
+def test_generate_as_shown(tmp_path: Path) -> None:
+    (tmp_path / "story.py").write_text(snippet("# story.py"))
+    (console,) = [block for block in blocks("console") if "story.py" in block]
+    serve, *asked = re.findall(r"^\$ (.*)\n((?:[^$].*\n|\n)*)", console, re.M)
+    assert len(asked) == 2
+    with running(*as_run_here(serve[0]), cwd=tmp_path) as url:
+        for command, shown in asked:
+            here = command.replace("http://127.0.0.1:8080", url)
+            ran = subprocess.run(
+                f"{here} -sS --fail", shell=True, check=True, capture_output=True
+            )
+            assert ran.stdout.decode().rstrip() == shown.rstrip()
 
 
 def test_the_embedding_snippet_runs(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ def test_a_fault_with_lone_surrogates_is_still_json() -> None:
 def test_other_byte_orders_are_converted() -> None:
     swapped = np.array([1, 2], ">i4")
     response = InferResponse((Tensor.from_array("o", swapped),), "i", "m")
-    assert json.loads(v2.encode(response))["outputs"][0]["data"] == [1, 2]
+    (body,), _ = v2.encode(response)
+    assert json.loads(bytes(body))["outputs"][0]["data"] == [1, 2]
 
 
 def test_a_missing_input_names_itself() -> None:

@@ -74,7 +74,8 @@ def _build(
         columns = _rows(members["instances"], lane, unnamed)
     elif "inputs" in members:
         node = members["inputs"]
-        columns = lane.members(node) or {unnamed: node}
+        named = lane.members(node)
+        columns = {unnamed: node} if named is None else named
     else:
         raise InvalidInput('The body has neither "instances" nor "inputs".')
     tensors = []

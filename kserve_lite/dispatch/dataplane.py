@@ -1,4 +1,4 @@
-"""What every protocol asks for: live, ready, metadata, load, infer.
+"""What every protocol asks for: live, ready, infer. Models' lives: `repository.py`.
 
 `infer` runs a model's stages in order, async handlers on the event loop and plain ones
 in threads. An exception of a handler ends here: in the log with its traceback, and to
@@ -12,11 +12,11 @@ import inspect
 import logging
 import os
 import threading
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from time import perf_counter_ns
 from typing import Any
 
 import anyio
@@ -25,8 +25,10 @@ from kserve_lite.dispatch.binding import (
     answer_of,
     request_arguments,
     stage_arguments,
+    text_response,
 )
 from kserve_lite.dispatch.offload import Offload
+from kserve_lite.dispatch.running import QUEUE, Running, Statistics, Times
 from kserve_lite.errors import (
     DeadlineExceeded,
     InferenceFault,
@@ -36,7 +38,7 @@ from kserve_lite.errors import (
     ServerNotReady,
     Unsupported,
 )
-from kserve_lite.handlers import Call, Form, Function, Handler, Stage
+from kserve_lite.handlers import Call, Handler, Stage
 from kserve_lite.messages import Answer, Context, StreamAnswer
 from kserve_lite.model import Model, Phase, Plan
 from kserve_lite.registry import Registry
@@ -69,12 +71,16 @@ class DispatchSettings:
     max_asyncio_workers: threads that plain `def` handlers of all models share; 0 takes
         min(32, CPUs + 4).
     enable_latency_logging: log one line a request with the milliseconds of each stage.
+    enable_model_control: let clients on other machines load and unload models.
     expose_errors: send the text of a handler's exception to the client (development).
+    grace_period: seconds that a stop, or unloading a model, gives to what is in flight.
     """
 
     max_asyncio_workers: int = 0
     enable_latency_logging: bool = False
+    enable_model_control: bool = False
     expose_errors: bool = False
+    grace_period: float = 30.0
 
 
 class DataPlane:
@@ -91,8 +97,9 @@ class DataPlane:
         self._accepting = True
         self._change = asyncio.Event()
         self._idle: set[anyio.CancelScope] = set()
-        # One load or unload by name at a time: they walk a model's phases.
-        self._control = asyncio.Lock()
+        # What is loaded. A model that is loaded again gets another `Running`.
+        self.running: dict[Model, Running] = {}
+        self.statistics: dict[Model, Statistics] = {}
 
     @property
     def accepting(self) -> bool:
@@ -102,7 +109,7 @@ class DataPlane:
     @accepting.setter
     def accepting(self, accepting: bool) -> None:
         self._accepting = accepting
-        self._changed()
+        self.changed()
         if not accepting:
             for scope in self._idle:
                 scope.cancel()
@@ -131,12 +138,13 @@ class DataPlane:
         if scope.cancelled_caught:
             raise ServerNotReady
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
+        """Tell those who wait for `change()`."""
         self._change.set()
         self._change = asyncio.Event()
 
     @property
-    def running(self) -> int:
+    def threads(self) -> int:
         """How many threads are inside handlers; they cannot be stopped."""
         return self.offload.running + self._checks.running
 
@@ -156,87 +164,31 @@ class DataPlane:
 
     async def model_ready(self, model: Model) -> bool:
         """Whether the model is loaded and its `ready` handler, if any, says yes."""
-        if model.phase is not Phase.READY:
+        running = self.running.get(model)
+        if running is None:
             return False
         check = model.handler(Stage.READY)
         if check is None:
             return True
         try:
             with anyio.fail_after(READY_TIMEOUT):
-                return bool(await self._call(check, (), model, None, self._checks))
+                return bool(await self.call(check, running, offload=self._checks))
         except Exception:  # user code: whatever it raises means "not ready"
             log.exception("the ready handler of model %s failed", model.name)
             return False
-
-    async def load(self, model: Model) -> None:
-        """Run the model's load handler; raises what it raises."""
-        model.enter(Phase.LOADING)
-        handler = model.handler(Stage.LOAD)
-        started = time.perf_counter()
-        try:
-            state = await self._call(handler, (), model, None) if handler else None
-        except BaseException:
-            model.enter(Phase.FAILED)
-            raise
-        model.enter(Phase.READY, state)
-        self._changed()
-        log.info("loaded %s in %.2f s", model.name, time.perf_counter() - started)
-
-    async def unload(self, model: Model) -> None:
-        """Run the model's unload handler; what it raises is logged."""
-        handler = model.handler(Stage.UNLOAD)
-        try:
-            if handler is not None and model.phase is Phase.READY:
-                await self._call(handler, (), model, None)
-        except Exception:  # user code: the other models must still be unloaded
-            log.exception("the unload handler of model %s failed", model.name)
-        finally:
-            if model.phase is not Phase.UNLOADED:
-                model.enter(Phase.UNLOADED)
-            self._changed()
-
-    async def load_named(self, name: str) -> None:
-        """Load every version of a model again: unload what is loaded, then load.
-
-        Requests meanwhile meet a model that is not ready. Raises ModelNotFound,
-        ModelNotReady where a load handler fails, which is logged, and ServerNotReady
-        while the server stops. A caller that goes away leaves the model failed.
-        """
-        async with self._control:
-            if not self.accepting:
-                raise ServerNotReady
-            for model in self._versions(name):
-                if model.phase in (Phase.FROZEN, Phase.LOADING):  # the server's start
-                    raise ModelNotReady(name)
-                if model.phase is Phase.READY:
-                    await self.unload(model)
-                try:
-                    await self.load(model)
-                except (Exception, SystemExit) as error:  # user code
-                    log.exception("loading model %s failed", name)
-                    self._changed()
-                    raise ModelNotReady(name) from error
-
-    async def unload_named(self, name: str) -> None:
-        """Unload every version of a model; raises ModelNotFound where none is served.
-
-        From then on it is as if the model did not exist, until it is loaded again.
-        """
-        async with self._control:
-            served = [m for m in self._versions(name) if m.phase is not _UNLOADED]
-            if not served:
-                raise ModelNotFound(name)
-            for model in served:
-                await self.unload(model)
-
-    def _versions(self, name: str) -> list[Model]:
-        self.registry.get(name)
-        return [model for model in self.registry if model.name == name]
 
     def names(self) -> list[str]:
         """The names of the models, ready or not, less those that were unloaded."""
         served = {model.name for model in self.registry if model.phase is not _UNLOADED}
         return [name for name in self.registry.names() if name in served]
+
+    def served(self) -> Registry:
+        """The models that `names()` lists, as a registry of their own."""
+        registry = Registry()
+        for model in self.registry:
+            if model.phase is not _UNLOADED:
+                registry.add(model)
+        return registry
 
     def get(self, name: str, version: str | None = None) -> Model:
         """Return a model, ready or not; raise ModelNotFound, also once unloaded."""
@@ -268,36 +220,52 @@ class DataPlane:
         """Run a model's handlers on a payload.
 
         plan: the model's plan for a verb. payload: an InferRequest, or decoded JSON
-        where the plan's first handler takes JSON on V1.
+        where the plan's first handler takes JSON on V1 and generate.
         Raises InferenceFault, and nothing else of what handlers raise.
         """
+        running = self.running.get(model)
+        if running is None:  # unloaded since it was found
+            raise ModelNotReady(model.name)
+        running.in_flight += 1
+        running.statistics.last = started = perf_counter_ns()
+        times: Times | None = None
         try:
             entry = plan[0]
-            if context.deadline is not None:
-                value = await self._run_in_time(plan, payload, model, context)
-            elif entry.is_plain and len(plan) == 1 and not self._timed:
+            if (
+                entry.is_plain
+                and len(plan) == 1
+                and context.deadline is None
+                and not self._timed
+            ):
                 # The shortest way, for the most frequent model.
                 value = await entry.function(payload)
             else:
-                value = await self._run_stages(plan, payload, model, context)
+                times = {}
+                value = await self._run_in_time(plan, payload, running, context, times)
             if context.protocol != "v2" and _streams(type(value)):  # type: ignore[arg-type]
-                items = self._stream(value)
-                if context.protocol == "grpc":
-                    items = self._answers(items, model, entry.form, context, payload)
-                return StreamAnswer(items)
-            return answer_of(value, model, entry.form, context, payload)
-        except InferenceFault:
-            raise
-        except (Exception, SystemExit, asyncio.CancelledError) as error:
+                items = self._stream(value, running)
+                if context.protocol != "v1":
+                    items = self._answers(items, model, plan, context, payload)
+                return StreamAnswer(_InFlight(items, running, started, times))
+            answer = answer_of(value, model, plan, context, payload)
+        except BaseException as error:
+            _failed(running, started)
+            if isinstance(error, InferenceFault):
+                raise
             raise self._fault(model, context, error) from error
+        _succeeded(running, started, times)
+        return answer
 
     def _fault(
         self, model: Model, context: Context, error: BaseException
     ) -> InferenceFault:
         """What an exception of user code, which may be any, is to the caller.
 
-        Raises CancelledError again where somebody cancelled the request.
+        Raises CancelledError again where somebody cancelled the request, and what no
+        server may hold up.
         """
+        if not isinstance(error, (Exception, SystemExit, asyncio.CancelledError)):
+            raise error
         if isinstance(error, asyncio.CancelledError):
             task = asyncio.current_task()
             if task is None or task.cancelling():
@@ -308,28 +276,40 @@ class DataPlane:
         return self.model_failed(model, context, error)
 
     async def _run_in_time(
-        self, plan: Plan, payload: Any, model: Model, context: Context
+        self,
+        plan: Plan,
+        payload: Any,
+        running: Running,
+        context: Context,
+        times: Times,
     ) -> Any:
+        if context.deadline is None:
+            return await self._run_stages(plan, payload, running, context, times)
         with anyio.move_on_after(context.remaining()):
-            return await self._run_stages(plan, payload, model, context)
+            return await self._run_stages(plan, payload, running, context, times)
         raise DeadlineExceeded
 
     async def _run_stages(
-        self, plan: Plan, payload: Any, model: Model, context: Context
+        self,
+        plan: Plan,
+        payload: Any,
+        running: Running,
+        context: Context,
+        times: Times,
     ) -> Any:
-        timed = self._timed
-        milliseconds: dict[Stage, float] = {}
         value = payload
         for handler in plan:
-            started = time.perf_counter() if timed else 0.0
+            waited = times.get(QUEUE, 0)
+            started = perf_counter_ns()
             bind = request_arguments if handler is plan[0] else stage_arguments
-            value = self._call(handler, bind(handler, value), model, context)
+            arguments = bind(handler, value)
+            value = self.call(handler, running, arguments, context, times)
             if handler.call is not _GENERATOR:
                 value = await value
-            if timed:
-                milliseconds[handler.stage] = (time.perf_counter() - started) * 1e3
-        if timed:
-            _log_latency(context, milliseconds)
+            waited = times.get(QUEUE, 0) - waited
+            times[handler.stage] = perf_counter_ns() - started - waited
+        if self._timed:
+            _log_latency(context, times)
         return value
 
     def model_failed(
@@ -347,19 +327,24 @@ class DataPlane:
             exposed = f"{type(error).__name__}: {error}."
         return ModelFailed(context.request_id, exposed)
 
-    def _call(
+    def call(
         self,
         handler: Handler,
-        arguments: tuple[Any, ...] | dict[str, Any],
-        model: Model,
-        context: Context | None,
+        running: Running | None,
+        arguments: tuple[Any, ...] | dict[str, Any] = (),
+        context: Context | None = None,
+        times: Times | None = None,
+        *,
         offload: Offload | None = None,
     ) -> Any:
-        """Call a handler: a generator as it is, else an awaitable of its result."""
+        """Call a handler: a generator as it is, else an awaitable of its result.
+
+        running: the load whose state it gets; None while the model is being loaded.
+        """
         named: dict[str, Any] = {}
         for name in handler.injected:
             if name == "state":
-                named[name] = model.state
+                named[name] = None if running is None else running.state
             elif name == "context":
                 named[name] = context
             else:
@@ -369,42 +354,47 @@ class DataPlane:
             arguments = ()
         if handler.call is not _THREAD:
             return handler.function(*arguments, **named)
-        return self._in_thread(
-            offload or self.offload, handler.function, arguments, named
-        )
+        function = partial(handler.function, *arguments, **named)
+        return self._in_thread(offload or self.offload, function, running, times)
 
     async def _in_thread(
         self,
         offload: Offload,
-        function: Function,
-        arguments: tuple[Any, ...],
-        named: dict[str, Any],
+        function: Callable[[], Any],
+        running: Running | None,
+        times: Times | None = None,
     ) -> Any:
-        result = await offload.run(function, *arguments, **named)
-        if inspect.isawaitable(result):
-            return await result
-        return result
+        job = offload.submit(function, times)
+        try:
+            result = await asyncio.wrap_future(job)
+        except asyncio.CancelledError:
+            if running is not None and not job.cancelled():
+                running.hold(job)
+            raise
+        return await result if inspect.isawaitable(result) else result
 
     async def _answers(
         self,
         items: AsyncGenerator[Any, None],
         model: Model,
-        form: Form,
+        plan: Plan,
         context: Context,
         payload: Any,
     ) -> AsyncGenerator[Answer, None]:
-        """Each item as an answer of its own (gRPC); raises InferenceFault."""
+        """Each item as an answer of its own; raises InferenceFault."""
         try:
             async with aclosing(items):
                 async for item in items:
-                    yield answer_of(item, model, form, context, payload)
+                    if context.protocol == "grpc" and isinstance(item, (str, bytes)):
+                        item = text_response(item, plan)
+                    yield answer_of(item, model, plan, context, payload)
         except InferenceFault:
             raise
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             raise self._fault(model, context, error) from error
 
     async def _stream(
-        self, items: AsyncIterator[Any] | Iterator[Any]
+        self, items: AsyncIterator[Any] | Iterator[Any], running: Running
     ) -> AsyncGenerator[Any, None]:
         """The items of any iterator; a plain one is advanced in a thread."""
         if isinstance(items, AsyncIterator):
@@ -416,12 +406,75 @@ class DataPlane:
                     await items.aclose()
             return
         stream = _ThreadStream(items)
+        offload = self.offload
         try:
-            while (item := await self.offload.run(stream.advance)) is not stream:
+            while True:
+                item = await self._in_thread(offload, stream.advance, running)
+                if item is stream:
+                    break
                 yield item
         finally:
             if stream.leave():
                 self.offload.start(stream.close)
+
+
+class _InFlight(AsyncGenerator[Any, None]):
+    """The items of a stream that is in flight until it ends or is closed.
+
+    No generator function, whose end is not told if it was never begun.
+    """
+
+    def __init__(
+        self,
+        items: AsyncGenerator[Any, None],
+        running: Running,
+        started: int,
+        times: Times | None,
+    ) -> None:
+        self._items = items
+        self._running: Running | None = running
+        self._started = started
+        self._times = times
+
+    async def asend(self, value: Any) -> Any:
+        try:
+            return await self._items.asend(value)
+        except BaseException as error:
+            self._end(complete=isinstance(error, StopAsyncIteration))
+            raise
+
+    async def athrow(self, *error: Any) -> Any:
+        return await self._items.athrow(*error)
+
+    async def aclose(self) -> None:
+        try:
+            await self._items.aclose()
+        finally:
+            self._end(complete=False)
+
+    def _end(self, *, complete: bool) -> None:
+        running, self._running = self._running, None
+        if running is None:
+            return
+        if complete:
+            _succeeded(running, self._started, self._times)
+        else:
+            _failed(running, self._started)
+
+
+def _succeeded(running: Running, started: int, times: Times | None) -> None:
+    statistics = running.statistics
+    statistics.successes += 1
+    statistics.succeeded_ns += perf_counter_ns() - started
+    if times is not None:
+        statistics.add_times(times)
+    running.end()
+
+
+def _failed(running: Running, started: int) -> None:
+    running.statistics.failures += 1
+    running.statistics.failed_ns += perf_counter_ns() - started
+    running.end()
 
 
 @lru_cache(maxsize=256)  # a hasattr() that fails costs 0.5 us
@@ -472,10 +525,10 @@ class _ThreadStream:
                 self._lock.release()
 
 
-def _log_latency(context: Context, milliseconds: dict[Stage, float]) -> None:
+def _log_latency(context: Context, times: Times) -> None:
     """One line, in the format of KServe's SDK."""
     fields = ", ".join(
-        f"{stage.value}_ms: {round(milliseconds.get(stage, 0.0), 6)}"
+        f"{stage.value}_ms: {round(times.get(stage, 0) / 1e6, 6)}"
         for stage in (
             Stage.PREPROCESS,
             Stage.EXPLAIN,

@@ -8,12 +8,14 @@ the pool until the function returns, and the result is dropped.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import contextvars
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from time import perf_counter_ns
+from typing import TypeVar
+
+from kserve_lite.dispatch.running import QUEUE, Times
 
 R = TypeVar("R")
 
@@ -26,28 +28,33 @@ class Offload:
         self.running = 0
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix=name)
 
-    async def run(self, function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+    def submit(
+        self, function: Callable[[], R], times: Times | None = None
+    ) -> Future[R]:
         """Call `function` in a thread, in a copy of the caller's context variables.
 
-        Raises what the function raises; StopIteration, which no future can carry,
-        becomes a RuntimeError, as it does inside a generator (PEP 479).
+        times: is told how long the function waited for a thread.
+        The future raises what the function raises; StopIteration, which no asyncio
+        future can carry, becomes a RuntimeError, as it does inside a generator
+        (PEP 479).
         """
-        context = contextvars.copy_context()
-        return await asyncio.get_running_loop().run_in_executor(
-            self._pool, context.run, self._call, function, args, kwargs
-        )
+        run = contextvars.copy_context().run
+        asked = perf_counter_ns()
+        return self._pool.submit(run, self._call, function, times, asked)
 
     def start(self, function: Callable[[], None]) -> None:
         """Call `function` in a thread and wait for nothing; not at all once closed."""
         with contextlib.suppress(RuntimeError):  # the pool's word for "closed"
-            self._pool.submit(self._call, function, (), {})
+            self._pool.submit(self._call, function)
 
     def _call(
-        self, function: Callable[..., R], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, function: Callable[[], R], times: Times | None = None, asked: int = 0
     ) -> R:
         self.running += 1
+        if times is not None:
+            times[QUEUE] = times.get(QUEUE, 0) + perf_counter_ns() - asked
         try:
-            return function(*args, **kwargs)
+            return function()
         except StopIteration as error:
             raise RuntimeError("a handler raised StopIteration") from error
         finally:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import orjson
 
 from kserve_lite.errors import InferenceFault, Kind, ModelFailed
-from kserve_lite.wire.events import RawHeaders
+from kserve_lite.wire.events import Buffer, RawHeaders
 
 # Total over the kinds, which a test holds. Nobody sees a cancelled request's answer.
 STATUS: dict[Kind, int] = {
@@ -27,12 +27,29 @@ STATUS: dict[Kind, int] = {
 JSON = (b"content-type", b"application/json")
 
 
+class Client(Protocol):
+    """Who asks.
+
+    peer: the host that the connection comes from; empty where it is not known.
+    """
+
+    @property
+    def peer(self) -> str: ...
+
+    def is_gone(self) -> bool:
+        """Whether the peer has gone, or is about to."""
+
+
 class Reply(NamedTuple):
-    """An HTTP answer. A generator as body streams, its items already bytes."""
+    """An HTTP answer.
+
+    A list as body is its pieces in order, large tensors among them as they lie in
+    memory; a generator streams, its items already bytes.
+    """
 
     status: int
     headers: RawHeaders
-    body: bytes | AsyncGenerator[bytes, None]
+    body: Buffer | list[Buffer] | AsyncGenerator[bytes, None]
 
 
 def json_reply(body: bytes, status: int = 200, headers: RawHeaders = ()) -> Reply:
@@ -45,12 +62,16 @@ def error_reply(status: int, reason: str, headers: RawHeaders = ()) -> Reply:
     return json_reply(orjson.dumps({"error": reason}), status, headers)
 
 
+def error_body(fault: InferenceFault) -> bytes:
+    """The body of a fault's answer."""
+    # A handler may word a fault with text from anywhere: what is no Unicode scalar
+    # value cannot be JSON.
+    return orjson.dumps({"error": fault.reason.encode(errors="replace").decode()})
+
+
 def fault_reply(fault: InferenceFault) -> Reply:
     """Translate a fault; a failed model's answer carries the request's id."""
     headers: RawHeaders = ()
     if isinstance(fault, ModelFailed):
         headers = ((b"x-request-id", fault.request_id.encode("ascii")),)
-    # A handler may word a fault with text from anywhere: what is no Unicode scalar
-    # value cannot be JSON.
-    reason = fault.reason.encode(errors="replace").decode()
-    return error_reply(STATUS[fault.kind], reason, headers)
+    return json_reply(error_body(fault), STATUS[fault.kind], headers)

@@ -13,45 +13,111 @@ from urllib.parse import unquote
 
 
 class Route(NamedTuple):
-    """One row: `action` names the method of `endpoints.Endpoints` that answers."""
+    """One row: `action` names the method of `endpoints.Endpoints` that answers.
+
+    takes, gives: the schemas (`schemas.py`) of the request's and the answer's body.
+    """
 
     method: str
     pattern: str
     action: str
     summary: str
+    gives: str
+    takes: str = ""
 
 
+def _of_model(
+    method: str, path: str, action: str, summary: str, *s: str
+) -> list[Route]:
+    """A route of V2 for a model, and the same for one of its versions."""
+    versioned = f"{summary}, of one version"
+    return [
+        Route(method, f"/v2/models/{{model}}{path}", action, summary, *s),
+        Route(
+            method,
+            f"/v2/models/{{model}}/versions/{{version}}{path}",
+            action,
+            versioned,
+            *s,
+        ),
+    ]
+
+
+_LOAD = "/v2/repository/models/{model}"
 ROUTES: tuple[Route, ...] = (
-    Route("GET", "/", "alive", "Whether the server answers"),
-    Route("GET", "/v1/models", "model_names", "The models' names"),
-    Route("GET", "/v1/models/{model}", "v1_ready", "Whether a model is ready"),
-    Route("POST", "/v1/models/{model}:predict", "v1_predict", "Predict"),
-    Route("POST", "/v1/models/{model}:explain", "v1_explain", "Explain"),
-    Route("GET", "/v2", "server_metadata", "What the server is"),
-    Route("GET", "/v2/health/live", "live", "Whether the server lives"),
-    Route("GET", "/v2/health/ready", "ready", "Whether every model is ready"),
-    Route("GET", "/v2/models", "model_names", "The models' names"),
-    Route("GET", "/v2/models/{model}", "model_metadata", "Inputs and outputs"),
-    Route("GET", "/v2/models/{model}/ready", "v2_ready", "Whether a model is ready"),
-    Route("POST", "/v2/models/{model}/infer", "v2_infer", "Predict"),
+    Route("GET", "/", "alive", "Whether the server answers", "Alive"),
+    Route("GET", "/openapi.json", "openapi", "What this API is", "OpenApi"),
+    Route("GET", "/v1/models", "model_names", "The models' names", "ModelNames"),
     Route(
         "GET",
-        "/v2/models/{model}/versions/{version}",
-        "model_metadata",
-        "Inputs and outputs of a version",
-    ),
-    Route(
-        "GET",
-        "/v2/models/{model}/versions/{version}/ready",
-        "v2_ready",
-        "Whether a version is ready",
+        "/v1/models/{model}",
+        "v1_ready",
+        "Whether a model is ready",
+        "ModelReady",
     ),
     Route(
         "POST",
-        "/v2/models/{model}/versions/{version}/infer",
-        "v2_infer",
-        "Predict with a version",
+        "/v1/models/{model}:predict",
+        "v1_predict",
+        "Predict",
+        "V1Answer",
+        "V1Request",
     ),
+    Route(
+        "POST",
+        "/v1/models/{model}:explain",
+        "v1_explain",
+        "Explain",
+        "V1Answer",
+        "V1Request",
+    ),
+    Route("GET", "/v2", "server_metadata", "What the server is", "ServerMetadata"),
+    Route("GET", "/v2/health/live", "live", "Whether the server lives", "Live"),
+    Route("GET", "/v2/health/ready", "ready", "Whether every model is ready", "Ready"),
+    Route("GET", "/v2/models", "model_names", "The models' names", "ModelNames"),
+    *_of_model("GET", "", "model_metadata", "Inputs and outputs", "ModelMetadata"),
+    *_of_model("GET", "/ready", "v2_ready", "Whether it is ready", "ModelReady"),
+    *_of_model(
+        "POST", "/infer", "v2_infer", "Predict", "InferResponse", "InferRequest"
+    ),
+    *_of_model(
+        "POST",
+        "/generate",
+        "generate",
+        "Predict: JSON members in and out",
+        "GenerateResponse",
+        "GenerateRequest",
+    ),
+    *_of_model(
+        "POST",
+        "/generate_stream",
+        "generate_stream",
+        "The same, each item as a Server-Sent Event",
+        "GenerateResponse",
+        "GenerateRequest",
+    ),
+    *_of_model(
+        "GET", "/config", "model_config", "Triton's configuration", "ModelConfig"
+    ),
+    *_of_model("GET", "/stats", "statistics", "What it has done so far", "Statistics"),
+    # Last of those that a path matches: it is no model's metadata.
+    Route(
+        "GET",
+        "/v2/models/stats",
+        "statistics",
+        "What all models have done so far",
+        "Statistics",
+    ),
+    Route(
+        "POST",
+        "/v2/repository/index",
+        "repository_index",
+        "Every model with its state",
+        "Index",
+        "IndexRequest",
+    ),
+    Route("POST", f"{_LOAD}/load", "model_load", "Load a model, again", "ModelLoad"),
+    Route("POST", f"{_LOAD}/unload", "model_unload", "Unload a model", "ModelUnload"),
 )
 
 

@@ -12,6 +12,7 @@ from grpclib.events import _DispatchServerEvents
 from grpclib.server import request_handler
 
 from kserve_lite.dispatch.dataplane import DataPlane
+from kserve_lite.dispatch.repository import Repository
 from kserve_lite.rpc.call import Call, CallStream
 from kserve_lite.rpc.health import SERVICE as HEALTH
 from kserve_lite.rpc.health import HealthService
@@ -28,16 +29,15 @@ class Rpc:
     """Answers the gRPC calls of a server.
 
     max_message_size: bytes of one request message, inflated or not.
-    model_control: whether clients elsewhere may load and unload models.
     """
 
     def __init__(
-        self, dataplane: DataPlane, *, max_message_size: int, model_control: bool
+        self, dataplane: DataPlane, repository: Repository, *, max_message_size: int
     ) -> None:
         self._limit = max_message_size
         self._codec = ProtoCodec()  # only for the content type that it stands for
         self._events = _DispatchServerEvents()
-        methods = InferenceService(dataplane, model_control=model_control).methods()
+        methods = InferenceService(dataplane, repository).methods()
         methods |= HealthService(dataplane).methods()
         names = [f"grpc.reflection.{v}.ServerReflection" for v in _REFLECTIONS]
         for version in _REFLECTIONS:

@@ -1,5 +1,7 @@
 """The service `inference.GRPCInferenceService`: the Open Inference Protocol.
 
+And Triton's extensions of it: https://github.com/triton-inference-server/server,
+docs/protocol, and `grpc_service.proto` of its repository `common`.
 Each method goes through the same door as REST, so that both answer alike. The order of
 a prediction: the message is a message, the model exists and is ready, the tensors fit,
 the model runs.
@@ -7,29 +9,42 @@ the model runs.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
 from kserve_lite.codecs import v2_protobuf
-from kserve_lite.codecs.proto import message_class
+from kserve_lite.codecs.proto import message_class, message_from
+from kserve_lite.codecs.raw_tensors import check_count
+from kserve_lite.dispatch import descriptions
 from kserve_lite.dispatch.dataplane import DataPlane
-from kserve_lite.errors import Forbidden, InferenceFault, Kind, Unsupported
+from kserve_lite.dispatch.repository import Repository, check_load_parameters
+from kserve_lite.errors import InferenceFault, InvalidInput, Kind, Unsupported
 from kserve_lite.handlers import Stage
-from kserve_lite.messages import Answer, Context, InferResponse, StreamAnswer
+from kserve_lite.messages import (
+    Answer,
+    Context,
+    InferRequest,
+    InferResponse,
+    StreamAnswer,
+    new_id,
+)
 from kserve_lite.model import Model
 from kserve_lite.rpc.call import Call, Message
 from kserve_lite.rpc.methods import Action, Messages, Method, methods_of
 from kserve_lite.rpc.statuses import text_of
-from kserve_lite.version import __version__
 from kserve_lite.wire.events import Buffer
 
 SERVICE = "inference.GRPCInferenceService"
 
 # A global, since reading a member off its class costs 0.12 us in Python 3.11.
 _PREDICT = Stage.PREDICT
+
+# A request of a stream asks by the first to be told by the second which of its answers
+# is the last; a model that answers in pieces then gives one more, without outputs.
+_ENABLE_FINAL = "triton_enable_empty_final_response"
+_FINAL = "triton_final_response"
 
 # What metadata may hold: the gRPC specification's Custom-Metadata.
 _NAME = re.compile(r"[0-9a-z_.\-]+")
@@ -55,14 +70,11 @@ def _message(name: str) -> Any:
 
 
 class InferenceService:
-    """Answers for the models behind a data plane.
+    """Answers for the models behind a data plane."""
 
-    model_control: whether anybody may load and unload models, not only this machine.
-    """
-
-    def __init__(self, dataplane: DataPlane, *, model_control: bool) -> None:
+    def __init__(self, dataplane: DataPlane, repository: Repository) -> None:
         self.dataplane = dataplane
-        self.model_control = model_control
+        self.repository = repository
 
     def methods(self) -> dict[str, Method]:
         actions: dict[str, Action] = {
@@ -73,6 +85,9 @@ class InferenceService:
             "ModelMetadata": self.model_metadata,
             "ModelInfer": self.model_infer,
             "ModelStreamInfer": self.model_stream_infer,
+            "ModelConfig": self.model_config,
+            "ModelStatistics": self.model_statistics,
+            "RepositoryIndex": self.repository_index,
             "RepositoryModelLoad": self.model_load,
             "RepositoryModelUnload": self.model_unload,
         }
@@ -96,20 +111,25 @@ class InferenceService:
         return _ModelReadyResponse(ready=await self.dataplane.model_ready(model))
 
     async def server_metadata(self, *_: object) -> Any:
-        return _ServerMetadataResponse(name="kserve-lite", version=__version__)
+        return message_from(_ServerMetadataResponse, descriptions.server_metadata())
 
     async def model_metadata(self, request: Any, _: Call) -> Any:
         model = self.dataplane.get(request.name, request.version or None)
-        reply = _ModelMetadataResponse(
-            name=model.name, versions=self.dataplane.registry.versions(model.name)
-        )
-        for specs, target in (
-            (model.inputs, reply.inputs),
-            (model.outputs, reply.outputs),
-        ):
-            for spec in specs:
-                target.add(name=spec.name, datatype=spec.datatype, shape=spec.shape)
-        return reply
+        versions = self.dataplane.registry.versions(model.name)
+        document = descriptions.model_metadata(model, versions)
+        # KServe's SDK names a platform over REST only.
+        del document["platform"]
+        return message_from(_ModelMetadataResponse, document)
+
+    async def model_config(self, request: Any, _: Call) -> Any:
+        model = self.dataplane.get(request.name, request.version or None)
+        document = {"config": descriptions.model_config(model)}
+        return message_from(_ModelConfigResponse, document)
+
+    async def model_statistics(self, request: Any, _: Call) -> Any:
+        name, version = request.name or None, request.version or None
+        document = descriptions.statistics(self.dataplane, name, version)
+        return message_from(_ModelStatisticsResponse, document)
 
     async def model_infer(self, parsed: v2_protobuf.Parsed, call: Call) -> list[Buffer]:
         model, context, request, raw = await self._asked(parsed, call)
@@ -136,21 +156,32 @@ class InferenceService:
                 if fault.kind is Kind.DEADLINE_EXCEEDED:  # of the call as a whole
                     raise
                 failed = _ModelStreamInferResponse(error_message=text_of(fault))
+                if parsed.message.id:
+                    failed.infer_response.id = parsed.message.id
                 await messages.send(failed.SerializeToString())
 
     async def _answers(
         self, parsed: v2_protobuf.Parsed, call: Call
     ) -> AsyncGenerator[list[Buffer], None]:
-        """The answers to one request of a stream; raises InferenceFault."""
+        """The answers to one request of a stream; raises InferenceFault.
+
+        After a fault there is no final one: Triton's clients take that for the end too.
+        """
         model, context, request, raw = await self._asked(parsed, call)
+        told = _is_told_the_end(request)
         plan = model.plan(_PREDICT)
         answer = await self.dataplane.infer(model, plan, request, context)
         if not isinstance(answer, StreamAnswer):
-            yield self._encoded(model, context, call, answer, raw)
+            final = True if told else None
+            yield self._encoded(model, context, call, answer, raw, final=final)
             return
+        final = False if told else None
         async with aclosing(answer.items) as items:
             async for item in items:
-                yield self._encoded(model, context, call, item, raw)
+                yield self._encoded(model, context, call, item, raw, final=final)
+        if told:
+            end = InferResponse((), request.id or new_id(), model.name, model.version)
+            yield self._encoded(model, context, call, end, raw, final=True)
 
     async def _asked(
         self, parsed: v2_protobuf.Parsed, call: Call
@@ -179,33 +210,44 @@ class InferenceService:
         call: Call,
         answer: Answer,
         raw: bool,
+        *,
+        final: bool | None = None,
     ) -> list[Buffer]:
-        """Write an answer; what it cannot say is the model's failure."""
+        """Write an answer; what it cannot say is the model's failure.
+
+        final: whether it is a request's last; None where the client does not ask.
+        """
         try:
             if not isinstance(answer, InferResponse):
                 raise TypeError("a gRPC answer is made of tensors; bytes came")
+            if final is not None:
+                # A new dict: the handler may keep the one that it gave.
+                answer.parameters = {**(answer.parameters or {}), _FINAL: final}
             if context.response_headers:
                 call.initial = own_metadata(context.response_headers)
             return v2_protobuf.encode(answer, raw=raw)
         except (TypeError, ValueError) as error:
             raise self.dataplane.model_failed(model, context, error) from error
 
+    async def repository_index(self, request: Any, _: Call) -> Any:
+        if request.repository_name:
+            raise Unsupported("There is one repository: leave out repository_name.")
+        models = await self.repository.index(ready=request.ready)
+        return message_from(_RepositoryIndexResponse, {"models": models})
+
     async def model_load(self, request: Any, call: Call) -> Any:
-        self._allow_control(call)
-        await self.dataplane.load_named(request.model_name)
-        return _ModelLoadResponse(model_name=request.model_name, isLoaded=True)
+        self.repository.check_control(call.host, call.headers())
+        check_count("parameters", request.parameters)
+        check_load_parameters(request.parameters)
+        name = request.triton_model_name or request.model_name
+        await self.repository.load_named(name)
+        return _ModelLoadResponse(model_name=name, isLoaded=True)
 
     async def model_unload(self, request: Any, call: Call) -> Any:
-        self._allow_control(call)
-        await self.dataplane.unload_named(request.model_name)
-        return _ModelUnloadResponse(model_name=request.model_name, isUnloaded=True)
-
-    def _allow_control(self, call: Call) -> None:
-        if not self.model_control and not is_loopback(call.host):
-            raise Forbidden(
-                "Models may be loaded and unloaded only from the server's own machine, "
-                "unless the server runs with enable_model_control."
-            )
+        self.repository.check_control(call.host, call.headers())
+        name = request.triton_model_name or request.model_name
+        await self.repository.unload_named(name)
+        return _ModelUnloadResponse(model_name=name, isUnloaded=True)
 
 
 _ServerLiveResponse = _message("ServerLiveResponse")
@@ -213,9 +255,20 @@ _ServerReadyResponse = _message("ServerReadyResponse")
 _ModelReadyResponse = _message("ModelReadyResponse")
 _ServerMetadataResponse = _message("ServerMetadataResponse")
 _ModelMetadataResponse = _message("ModelMetadataResponse")
+_ModelConfigResponse = _message("ModelConfigResponse")
+_ModelStatisticsResponse = _message("ModelStatisticsResponse")
+_RepositoryIndexResponse = _message("RepositoryIndexResponse")
 _ModelStreamInferResponse = _message("ModelStreamInferResponse")
 _ModelLoadResponse = _message("RepositoryModelLoadResponse")
 _ModelUnloadResponse = _message("RepositoryModelUnloadResponse")
+
+
+def _is_told_the_end(request: InferRequest) -> bool:
+    """Whether the client asks which answer is the last; raises InvalidInput."""
+    told = request.parameters.get(_ENABLE_FINAL, False)
+    if not isinstance(told, bool):
+        raise InvalidInput(f"The parameter {_ENABLE_FINAL} must be a bool_param.")
+    return told
 
 
 def _as_it_is(message: Message) -> Message:
@@ -243,13 +296,3 @@ def own_metadata(headers: Mapping[str, Any]) -> dict[str, str | bytes]:
         if text:  # metadata has no empty values
             metadata[name] = text
     return metadata
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a peer's host is this machine: 127.0.0.0/8 or ::1, mapped or not."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return bool((mapped or address).is_loopback)

@@ -7,13 +7,12 @@ import shlex
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from kserve_lite.handlers import Form, Stage
+from kserve_lite.handlers import Stage
 from kserve_lite.model import Model
-from kserve_lite.tensors import DATATYPES, TensorSpec, element_count
+from kserve_lite.rest.examples import example_of
 
-# A longer curl line is no help to anyone.
-MAX_ELEMENTS = 100
-_EXAMPLES = {"bool": False, "int": 0, "float": 0.0, "bytes": "text"}
+# A longer body is no help to anyone.
+MAX_LENGTH = 500
 
 
 def banner(
@@ -67,26 +66,7 @@ def curl_line(model: Model, url: str, *, asks_certificate: bool = False) -> str:
 
 
 def _example(model: Model) -> str | None:
-    entry = model.plan(Stage.PREDICT)[0]
-    inputs = model.inputs
-    if entry.form is not Form.TENSORS or len(inputs) != len(entry.tensors):
-        return None
-    # The first dimension of V1 is the number of instances.
-    if any(not spec.shape or spec.shape[0] not in (-1, 1) for spec in inputs):
-        return None
-    shapes = [[max(1, size) for size in spec.shape] for spec in inputs]
-    if sum(map(element_count, shapes)) > MAX_ELEMENTS:
-        return None
-    row = {
-        spec.name or "": _fill(spec, shape[1:])
-        for spec, shape in zip(inputs, shapes, strict=True)
-    }
-    instance = row if len(row) > 1 else next(iter(row.values()))
-    return json.dumps({"instances": [instance]}, separators=(",", ":"))
-
-
-def _fill(spec: TensorSpec, shape: list[int]) -> object:
-    value: object = _EXAMPLES[DATATYPES[spec.datatype].kind]
-    for size in reversed(shape):
-        value = [value] * size
-    return value
+    plan = model.plan(Stage.PREDICT)
+    body = example_of("V1Request", plan, model.example).body
+    text = json.dumps(body, separators=(",", ":"))
+    return None if body is None or len(text) > MAX_LENGTH else text

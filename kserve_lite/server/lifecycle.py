@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from kserve_lite.dispatch.dataplane import DataPlane
+from kserve_lite.dispatch.repository import Repository
 from kserve_lite.errors import StartupError
 from kserve_lite.handlers import Stage
 from kserve_lite.model import Model
@@ -48,6 +49,7 @@ class Server:
             raise StartupError("there is no model to serve: give at least one")
         self.settings = settings
         self.dataplane = DataPlane(Registry(), settings.dispatch)
+        self.repository = Repository(self.dataplane)
         self.report = ""
         self._models = models
         self._port: int | None = None
@@ -129,7 +131,7 @@ class Server:
         self._finishing = draining = anyio.CancelScope(shield=True)
         server = self.settings.server
         self._listener = Listener(
-            Endpoints(self.dataplane).answer,
+            Endpoints(self.dataplane, self.repository).answer,
             rpc=self._rpc().answer if server.enable_grpc else None,
             tls=tls_context(
                 server.ssl_certfile, server.ssl_keyfile, server.ssl_ca_certs
@@ -169,8 +171,8 @@ class Server:
 
         return Rpc(
             self.dataplane,
+            self.repository,
             max_message_size=self.settings.wire.max_body_size,
-            model_control=self.settings.server.enable_model_control,
         )
 
     async def _listen_twice(self) -> None:
@@ -193,7 +195,7 @@ class Server:
 
     async def _load(self, model: Model) -> None:
         try:
-            await self.dataplane.load(model)
+            await self.repository.load(model)
         except (Exception, SystemExit) as error:  # user code may raise anything
             log.debug("loading %s failed", model.name, exc_info=error)
             raise StartupError(
@@ -207,7 +209,7 @@ class Server:
         started = time.monotonic()
         in_flight = self._listener.in_flight
         try:
-            with anyio.move_on_after(self.settings.server.grace_period):
+            with anyio.move_on_after(self.settings.dispatch.grace_period):
                 await self._listener.drain()
         finally:
             aborted = self._listener.in_flight
@@ -219,11 +221,12 @@ class Server:
 
     async def _dismantle(self) -> None:
         await self._listener.abort()
+        await self.repository.close()
         for model in self.dataplane.registry:
             # A handler that hangs, or waits for threads that do, must not keep it up.
-            grace = self.settings.server.grace_period
+            grace = self.settings.dispatch.grace_period
             with anyio.move_on_after(grace) as self._finishing:
-                await self.dataplane.unload(model)
+                await self.repository.unload(model)
         self.dataplane.close()
 
 

@@ -79,7 +79,7 @@ def serve_process(models: tuple[Model, ...], settings: Settings) -> None:
             backend_options={"use_uvloop": _use_uvloop(settings.server.event_loop)},
         )
     finally:
-        if server.dataplane.running:
+        if server.dataplane.threads:
             _leave(server)
 
 
@@ -148,7 +148,7 @@ async def _watch_signals(
 def _leave(server: Server) -> None:
     """End a process whose handlers still run: Python would wait for them."""
     error = sys.exc_info()[1]
-    log.warning("%d handlers still run; leaving without them", server.dataplane.running)
+    log.warning("%d handlers still run; leaving without them", server.dataplane.threads)
     if error is not None:
         line = " ".join(str(error).split())
         print(f"kserve-lite: {line}", file=sys.stderr)

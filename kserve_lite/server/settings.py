@@ -41,7 +41,6 @@ class ServerSettings:
     grpc_port: a second port, which serves the same. Unless it is given, the server does
         without where it is in use, and where http_port is 0.
     enable_grpc: whether to serve gRPC at all.
-    enable_model_control: let clients on other machines load and unload models.
     ssl_certfile: a PEM file with the server's certificate chain: serve TLS only.
     ssl_keyfile: the PEM file with its private key, if that is another file.
     ssl_ca_certs: a PEM file with the authorities that clients' certificates must come
@@ -49,7 +48,6 @@ class ServerSettings:
     host: the address to listen on; the default is every IPv4 address of the machine,
         as a container needs it; 127.0.0.1 keeps the server to this machine.
     model_dir: the folder with the model's files, what `model.path()` is relative to.
-    grace_period: seconds that a stop gives to what is in flight.
     event_loop: auto takes uvloop where it is installed.
     log_level: of the server's log lines. $KSERVE_LOGLEVEL sets it too.
     """
@@ -57,13 +55,11 @@ class ServerSettings:
     http_port: int = 8080
     grpc_port: int = 8081
     enable_grpc: bool = True
-    enable_model_control: bool = False
     ssl_certfile: str = ""
     ssl_keyfile: str = ""
     ssl_ca_certs: str = ""
     host: str = "0.0.0.0"  # noqa: S104 - a container is reached from outside
     model_dir: str = "/mnt/models"
-    grace_period: float = 30.0
     event_loop: str = "auto"
     log_level: str = "INFO"
 

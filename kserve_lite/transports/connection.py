@@ -26,6 +26,7 @@ JOIN_SIZE = 64 * 1024
 class Connection(asyncio.BufferedProtocol):
     """A connection of `listener`, from accept to close.
 
+    peer: its host; empty where that is not known.
     lost: nobody can be answered any more.
     stalled: the peer reads too little for more to be written.
     """
@@ -34,6 +35,7 @@ class Connection(asyncio.BufferedProtocol):
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport
+        self.peer = ""
         self.lost = False
         self.stalled = False
         self._eof = False
@@ -50,6 +52,8 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # A cast, since uvloop's is no subclass.
         self._transport = cast("asyncio.Transport", transport)
+        name = transport.get_extra_info("peername")
+        self.peer = str(name[0]) if isinstance(name, tuple) else ""
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._listener.scratch

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from kserve_lite.errors import InferenceFault
-from kserve_lite.rest.replies import Reply
+from kserve_lite.rest.replies import Client, Reply
 from kserve_lite.wire.events import (
     Buffer,
     Data,
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kserve_lite")
 
-App: TypeAlias = Callable[[Request, Buffer, Callable[[], bool]], Awaitable[Reply]]
+App: TypeAlias = Callable[[Request, Buffer, Client], Awaitable[Reply]]
 
 
-class Stream(Protocol):
+class Stream(Client, Protocol):
     """Where the answer to one request goes."""
 
     def send(self, *events: Outgoing) -> None:
@@ -54,9 +54,6 @@ class Stream(Protocol):
 
     def abort(self) -> None:
         """Cut the stream, so that the peer sees that the answer is incomplete."""
-
-    def is_gone(self) -> bool:
-        """Whether the peer has gone, or is about to."""
 
     @property
     def lost(self) -> bool:
@@ -79,16 +76,20 @@ async def exchange(app: App, request: Request, body: Buffer, stream: Stream) -> 
     try:
         # The peer may have gone between the making of the task and its first step.
         if not stream.lost:
-            reply = await app(request, body, stream.is_gone)
-            chunks = reply.body
+            reply = await app(request, body, stream)
+            content = reply.body
             headers = sent_headers(int(time.time()), reply.headers)
-            if isinstance(chunks, bytes):
-                stream.send(Response(request[0], reply.status, headers, chunks))
+            if isinstance(content, (bytes, bytearray, memoryview)):
+                stream.send(Response(request[0], reply.status, headers, content))
+                if stream.stalled:
+                    await stream.drain()
+            elif isinstance(content, list):
+                _send_pieces(content, request[0], reply.status, headers, stream)
                 if stream.stalled:
                     await stream.drain()
             else:
                 stream.send(Response(request.stream_id, reply.status, headers))
-                await _send_chunks(chunks, request.stream_id, stream)
+                await _send_chunks(content, request.stream_id, stream)
             complete = True
     except BaseException as error:  # noqa: BLE001 - the boundary, see there
         _give_up(stream, error)
@@ -116,6 +117,22 @@ def _give_up(stream: Stream, error: BaseException) -> None:
     if not isinstance(error, asyncio.CancelledError):
         log.error("a request failed: a bug in kserve-lite", exc_info=error)
         stream.abort()
+
+
+def _send_pieces(
+    pieces: list[Buffer],
+    stream_id: int,
+    status: int,
+    headers: RawHeaders,
+    stream: Stream,
+) -> None:
+    """Send a body of several buffers as it stands: large tensors are not joined."""
+    length = (b"content-length", b"%d" % sum(map(len, pieces)))
+    stream.send(
+        Response(stream_id, status, (*headers, length)),
+        *(Data(stream_id, piece) for piece in pieces),
+        EndOfMessage(stream_id),
+    )
 
 
 async def _send_chunks(

@@ -120,7 +120,7 @@ class Http1(Connection):
         if self._eof or self._listener.draining:
             self._wire.keep_alive = False
         parts = self._wire.send(*events)
-        if parts and len(parts[-1]) <= JOIN_SIZE:  # a whole answer's body comes last
+        if sum(map(len, parts)) <= JOIN_SIZE:
             transport.write(b"".join(parts))
         else:
             transport.writelines(parts)

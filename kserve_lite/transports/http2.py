@@ -69,14 +69,8 @@ class Http2(Connection):
             limits.body_timeout / 4,
             limits.write_timeout / 4,
         )
-        self.peer = ""
 
     # --- called by the event loop ----------------------------------------------------
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        peer = transport.get_extra_info("peername")
-        self.peer = str(peer[0]) if isinstance(peer, tuple) else ""
 
     def begin(self, first: bytes) -> None:
         """Take the connection over with the first bytes that came."""

@@ -49,7 +49,8 @@ class Inbox:
         if end > len(self._buffer):
             self._make_room(len(data))
             end = self._end + len(data)
-        self._buffer[self._end : end] = data  # type: ignore[index]
+        # Through a view: a bytearray's slice would make a copy of the data first.
+        memoryview(self._buffer)[self._end : end] = data
         self._end = end
 
     def _make_room(self, size: int) -> None:
@@ -58,9 +59,12 @@ class Inbox:
         needed = held + size
         room = len(self._buffer)
         if needed > room:
-            room = max(needed, min(AHEAD * needed, self._announced), 2 * held)
+            # What was announced as soon as that may be; small steps until then, since
+            # both buffers are held while one is moved.
+            soon = needed <= self._announced <= AHEAD * needed
+            room = self._announced if soon else 2 * needed
         fresh = bytearray(room)
-        fresh[:held] = memoryview(self._buffer)[self._start : self._end]
+        memoryview(fresh)[:held] = memoryview(self._buffer)[self._start : self._end]
         self._buffer, self._start, self._end = fresh, 0, held
 
     def take(self, size: int) -> Buffer:

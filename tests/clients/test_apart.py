@@ -16,7 +16,9 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("suite", ["kserve_sdk.py", "triton_grpc.py"])
+@pytest.mark.parametrize(
+    "suite", ["kserve_sdk.py", "pytriton_client.py", "triton_grpc.py"]
+)
 def test_suite(suite: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", HERE / suite],

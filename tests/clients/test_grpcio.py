@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 
 from kserve_lite import InferRequest, InferResponse, Model, __version__
+from kserve_lite.codecs.proto import message_class
 from tests.clients.calls import INFERENCE, Stub, infer_request, message
 from tests.clients.models import Waiting, make_count, make_echo, make_mirror, make_sums
 from tests.support import ServerThread
 
 PATIENCE = 20
+SERVING, SERVICE_UNKNOWN = 1, 3
 PAIR = np.array([[1, 2]], np.float32)
 MEGABYTE = 1024 * 1024
 
@@ -95,6 +97,81 @@ def test_models_are_loaded_and_unloaded(stub: Stub) -> None:
     )
     assert (back.model_name, back.isLoaded) == ("count", True)
     assert stub.ModelReady(ready).ready
+
+
+def test_index_configuration_and_statistics(stub: Stub) -> None:
+    index = stub.RepositoryIndex(message("RepositoryIndexRequest", ready=True))
+    states = {model.name: (model.state, model.reason) for model in index.models}
+    assert states["sums"] == ("READY", "")
+    asked = message("ModelConfigRequest", name="sums")
+    config = stub.ModelConfig(asked).config
+    (given,), (sums,) = config.input, config.output
+    assert (given.name, sums.name, list(sums.dims)) == ("pairs", "sums", [-1])
+    before = statistics(stub)
+    assert stub.ModelInfer(infer_request("sums", PAIR)).outputs
+    assert statistics(stub).success.count == before.success.count + 1
+    assert statistics(stub).success.ns > before.success.ns
+
+
+def statistics(stub: Stub) -> Any:
+    asked = message("ModelStatisticsRequest", name="sums", version="3")
+    (entry,) = stub.ModelStatistics(asked).model_stats
+    assert (entry.name, entry.version) == ("sums", "3")
+    return entry.inference_stats
+
+
+@pytest.mark.parametrize("name", ["x-forwarded-for", "forwarded"])
+def test_what_a_proxy_passes_on_may_not_load_or_unload(stub: Stub, name: str) -> None:
+    metadata = [(name, "192.0.2.1")]
+    unload = message("RepositoryModelUnloadRequest", model_name="count")
+    load = message("RepositoryModelLoadRequest", model_name="count")
+    for call, request in (
+        (stub.RepositoryModelUnload, unload),
+        (stub.RepositoryModelLoad, load),
+    ):
+        code, details = failure(call, request, metadata=metadata)
+        assert code is grpc.StatusCode.PERMISSION_DENIED
+        assert "enable_model_control" in details
+    with (
+        ServerThread(make_count(), enable_model_control=True) as open_to_all,
+        connected(open_to_all) as channel,
+    ):
+        remote = Stub(channel)
+        assert remote.RepositoryModelUnload(unload, metadata=metadata).isUnloaded
+        assert remote.RepositoryModelLoad(load, metadata=metadata).isLoaded
+
+
+def test_a_client_that_goes_away_leaves_its_model_loaded() -> None:
+    loads: list[int] = []
+    started, go_on = threading.Event(), threading.Event()
+    model = Model("late", predict=lambda payload: payload)
+
+    @model.load
+    def load() -> None:
+        loads.append(1)
+        if len(loads) > 1:
+            started.set()
+            assert go_on.wait(PATIENCE)
+
+    with ServerThread(model) as server, connected(server) as channel:
+        stub = Stub(channel)
+        unload = message("RepositoryModelUnloadRequest", model_name="late")
+        stub.RepositoryModelUnload(unload)
+        watch = Stub(channel, "grpc.health.v1.Health").Watch(
+            message_class("grpc.health.v1.HealthCheckRequest")(service="late"),
+            timeout=PATIENCE,
+        )
+        assert next(watch).status == SERVICE_UNKNOWN
+        request = message("RepositoryModelLoadRequest", model_name="late")
+        with connected(server) as other:
+            call = Stub(other).RepositoryModelLoad.future(request)
+            assert started.wait(PATIENCE)
+            call.cancel()
+        go_on.set()
+        while (status := next(watch).status) != SERVING:
+            assert status != SERVICE_UNKNOWN
+        watch.cancel()
+        assert stub.ModelReady(message("ModelReadyRequest", name="late")).ready
 
 
 # --- errors -------------------------------------------------------------------------
@@ -286,6 +363,25 @@ def test_a_stream_is_answered_as_it_goes(stub: Stub) -> None:
     assert next(answers, None) is None
 
 
+def test_a_stream_tells_the_last_answer_of_a_request(stub: Stub) -> None:
+    requests = [counted(2), infer_request("echo", PAIR), counted(1)]
+    for number, request in enumerate(requests[:2]):
+        request.id = str(number)
+        request.parameters["triton_enable_empty_final_response"].bool_param = True
+    answers = stub.ModelStreamInfer(iter(requests), timeout=PATIENCE)
+    replies = [answer.infer_response for answer in answers]
+    assert [reply.id for reply in replies[:4]] == ["0", "0", "0", "1"]
+    assert [len(reply.outputs) for reply in replies] == [1, 1, 0, 1, 1]
+    finals = [reply.parameters.get("triton_final_response") for reply in replies]
+    assert [final and final.bool_param for final in finals] == [
+        False,
+        False,
+        True,
+        True,
+        None,
+    ]
+
+
 def test_a_stream_that_is_given_up(stub: Stub) -> None:
     answers = stub.ModelStreamInfer(iter([counted(10**9)]), timeout=PATIENCE)
     assert [number(next(answers)) for _ in range(3)] == [0, 1, 2]
@@ -296,6 +392,37 @@ def test_a_stream_that_is_given_up(stub: Stub) -> None:
     error: Any = caught.value
     assert error.code() is grpc.StatusCode.CANCELLED
     assert [number(one) for one in stub.ModelStreamInfer(iter([counted(1)]))] == [0]
+
+
+@pytest.mark.parametrize("kind", ["plain", "async"])
+@pytest.mark.parametrize("way", ["cancel", "close"])
+def test_a_client_that_goes_away_stops_its_generator(kind: str, way: str) -> None:
+    closed = threading.Event()
+
+    def plain(limit: np.ndarray) -> Iterator[np.ndarray]:
+        try:
+            for number in range(int(limit[0])):
+                yield np.array([number])
+        finally:
+            closed.set()
+
+    async def awaited(limit: np.ndarray) -> AsyncIterator[np.ndarray]:
+        try:
+            for number in range(int(limit[0])):
+                yield np.array([number])
+        finally:
+            closed.set()
+
+    model = Model("count", predict=plain if kind == "plain" else awaited)
+    with ServerThread(model) as server:
+        channel = connected(server)
+        answers = Stub(channel).ModelStreamInfer(iter([counted(10**9)]))
+        assert [number(next(answers)) for _ in range(3)] == [0, 1, 2]
+        assert not closed.is_set()
+        if way == "cancel":
+            answers.cancel()
+        channel.close()
+        assert closed.wait(PATIENCE)
 
 
 def test_a_stream_as_one_answer_is_unsupported(stub: Stub) -> None:

@@ -19,7 +19,12 @@ from kserve_lite.codecs.proto import wire
 from kserve_lite.codecs.proto.contents import CONTENTS
 from kserve_lite.codecs.proto.varints import CHUNK, read_varints, write_varints
 from kserve_lite.errors import InvalidInput
-from kserve_lite.messages import InferRequest, InferResponse, RequestedOutput
+from kserve_lite.messages import (
+    MAX_ENTRIES,
+    InferRequest,
+    InferResponse,
+    RequestedOutput,
+)
 from kserve_lite.tensors import DATATYPES, Tensor, numpy_dtype
 
 Request = requests_module.ModelInferRequest
@@ -232,8 +237,18 @@ def with_two_names() -> Any:
         (typed("UINT8", [1, 2], [1]), ["'x'", "UINT8[1]", "1 elements", "got 2"]),
         (typed("FP32", [], [2]), ["'x'", "got 0"]),
         (raw("FP32", [3], b"1234"), ["'x'", "FP32[3]", "12 bytes", "got 4"]),
-        (raw("BYTES", [1], b"\x04\0\0\0abc"), ["'x'", "BYTES", "element 0"]),
-        (raw("BYTES", [1], b"\x04\0\0"), ["'x'", "BYTES", "element 0"]),
+        (
+            raw("BYTES", [1], b"\x04\0\0\0abc"),
+            ["'x'", "BYTES[1]", "element 0", "needs 8 bytes", "7 are left"],
+        ),
+        (
+            raw("BYTES", [2], b"\0\0\0\0\x04\0\0"),
+            ["'x'", "BYTES[2]", "element 1", "needs 4 bytes", "3 are left"],
+        ),
+        (
+            raw("BYTES", [1], b"\0\0\0\0\0\0\0\0"),
+            ["'x'", "BYTES[1]", "1 elements", "4 bytes are left"],
+        ),
         (raw("BYTES", [2], b"\0\0\0\0"), ["'x'", "BYTES[2]", "got 1"]),
         (typed("INT8", [128]), ["'x'", "INT8", "-128 to 127"]),
         (typed("INT16", [-32769]), ["'x'", "INT16", "-32768 to 32767"]),
@@ -242,7 +257,11 @@ def with_two_names() -> Any:
         (typed("FP32", [1.0], [-1]), ["'x'", "from 0 up", "-1"]),
         (typed("FP32", [1.0], [1] * 33), ["'x'", "32 dimensions", "got 33"]),
         (typed("FP32", [], [2**62, 0, 2**62]), ["'x'", "no tensor"]),
-        (with_two_names(), ["same name"]),
+        (with_two_names(), ["Two inputs have the same name."]),
+        (
+            message(outputs=[{"name": "o"}, {"name": "p"}, {"name": "o"}]),
+            ["Two requested outputs have the same name."],
+        ),
         (
             message(inputs=[{"name": "x", "datatype": "fp32"}]),
             ["'x'", "FP32", "'fp32'"],
@@ -319,7 +338,7 @@ def test_malformed_messages(body: bytes) -> None:
 
 
 def test_what_is_looked_at_one_by_one_is_bounded() -> None:
-    many = requests_module.MAX_ENTRIES + 1
+    many = MAX_ENTRIES + 1
     inputs = message(inputs=[{"datatype": "BOOL", "shape": [0]}] * many)
     outputs = message(outputs=[{"name": "o"}] * many)
     parameters, own = message(), message(inputs=[{"name": "x", "datatype": "BOOL"}])

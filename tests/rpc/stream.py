@@ -1,4 +1,4 @@
-"""A `CallStream` in memory, and what a client would make of the answer."""
+"""A `CallStream` in memory, what a client would make of the answer, and a model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import anyio
+import numpy as np
 
 from kserve_lite.codecs.proto import message_class
 from kserve_lite.dispatch.dataplane import DataPlane, DispatchSettings
+from kserve_lite.dispatch.repository import Repository
 from kserve_lite.model import Model
 from kserve_lite.registry import Registry
 from kserve_lite.rpc.app import Rpc
@@ -180,18 +182,19 @@ class App:
     def __init__(self, *models: Model, **settings: Any) -> None:
         self.models = models
         self.dataplane = DataPlane(Registry(), DispatchSettings(**settings))
-        self.rpc = Rpc(self.dataplane, max_message_size=LIMIT, model_control=False)
+        self.repository = Repository(self.dataplane)
+        self.rpc = Rpc(self.dataplane, self.repository, max_message_size=LIMIT)
 
     async def __aenter__(self) -> App:
         for model in self.models:
             model.freeze()
             self.dataplane.registry.add(model)
-            await self.dataplane.load(model)
+            await self.repository.load(model)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         for model in self.models:
-            await self.dataplane.unload(model)
+            await self.repository.unload(model)
         self.dataplane.close()
 
     async def call(
@@ -214,3 +217,24 @@ class App:
 def binary(value: bytes) -> str:
     """A `-bin` metadata value."""
     return base64.b64encode(value).rstrip(b"=").decode()
+
+
+def asking(
+    values: tuple[float, ...] = (1, 2), model_name: str = "m", **fields: Any
+) -> Any:
+    """A request of one tensor, `x`, with the id 1."""
+    request = proto("ModelInferRequest", model_name=model_name, id="1", **fields)
+    tensor = request.inputs.add(name="x", datatype="FP32", shape=[len(values)])
+    tensor.contents.fp32_contents.extend(values)
+    return request
+
+
+def doubling(**fields: Any) -> Model:
+    """A model `m` that doubles what it gets."""
+    model = Model("m", **fields)
+
+    @model.predict
+    async def predict(x: np.ndarray) -> np.ndarray:
+        return x * 2
+
+    return model

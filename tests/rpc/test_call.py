@@ -14,7 +14,6 @@ import pytest
 
 from kserve_lite import Context, InferRequest, InferResponse, Model
 from kserve_lite.rpc import call as call_module
-from kserve_lite.rpc.app import Rpc
 from kserve_lite.wire.events import Data, Response
 from tests.rpc.stream import (
     INFERENCE,
@@ -383,8 +382,7 @@ async def test_a_bug_of_ours_is_internal(
 def test_every_method_is_served() -> None:
     from kserve_lite.codecs.proto import POOL
 
-    rpc = Rpc(App().dataplane, max_message_size=1, model_control=False)
-    served = set(rpc._mapping)
+    served = set(App().rpc._mapping)
     for name in (
         INFERENCE,
         "grpc.health.v1.Health",

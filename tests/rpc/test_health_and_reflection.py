@@ -63,7 +63,7 @@ async def test_check() -> None:
         assert await status("failing") == NOT_SERVING
         assert await status("") == NOT_SERVING
         assert await status(INFERENCE) == NOT_SERVING
-        await app.dataplane.unload_named("failing")
+        await app.repository.unload_named("failing")
         assert await status("") == SERVING
         assert await status(INFERENCE) == SERVING
         for unknown in ("failing", "zz", HEALTH):
@@ -106,10 +106,10 @@ async def test_watch_tells_changes_and_ends_with_the_server() -> None:
         for service in ("", "m"):
             watching = Watching(app, service)
             assert await watching.seen(1) == [SERVING]
-            await app.dataplane.unload_named("m")
+            await app.repository.unload_named("m")
             expected = NOT_SERVING if service == "" else SERVICE_UNKNOWN
             assert await watching.seen(2) == [SERVING, expected]
-            await app.dataplane.load_named("m")
+            await app.repository.load_named("m")
             assert (await watching.seen(3))[2] == SERVING
             await watching.cancel()
         watching = Watching(app, "")

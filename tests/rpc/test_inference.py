@@ -1,10 +1,9 @@
-"""The inference service: predictions, streams, metadata, loading."""
+"""The inference service: what the models are, predictions, streams."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Annotated, Any
 
@@ -28,38 +27,21 @@ from kserve_lite import (
     Unsupported,
     __version__,
 )
-from kserve_lite.rpc.inference import is_loopback, own_metadata
+from kserve_lite.rpc.inference import own_metadata
 from tests.rpc.stream import (
     INFERENCE,
     Answer,
     App,
     MemoryStream,
     answer_in,
+    asking,
+    doubling,
     framed,
     proto,
     request_for,
 )
 
 pytestmark = pytest.mark.anyio
-
-
-def asking(
-    values: tuple[float, ...] = (1, 2), model_name: str = "m", **fields: Any
-) -> Any:
-    request = proto("ModelInferRequest", model_name=model_name, id="1", **fields)
-    tensor = request.inputs.add(name="x", datatype="FP32", shape=[len(values)])
-    tensor.contents.fp32_contents.extend(values)
-    return request
-
-
-def doubling(**fields: Any) -> Model:
-    model = Model("m", **fields)
-
-    @model.predict
-    async def predict(x: np.ndarray) -> np.ndarray:
-        return x * 2
-
-    return model
 
 
 def raising(error: BaseException) -> Model:
@@ -406,7 +388,7 @@ async def test_a_fault_ends_its_own_request_only() -> None:
         kind = type(proto("ModelStreamInferResponse"))
         first, second, third = map(kind.FromString, answer.messages)
         assert first.error_message == "Model with name zz does not exist."
-        assert not first.HasField("infer_response")
+        assert first.infer_response == proto("ModelInferResponse", id="1")
         assert "must have 3 elements" in second.error_message
         assert list(third.infer_response.outputs[0].contents.fp32_contents) == [2, 4]
 
@@ -434,7 +416,7 @@ async def test_an_item_that_is_no_answer(caplog: pytest.LogCaptureFixture) -> No
 
     @model.predict
     def predict(request: InferRequest) -> Iterator[object]:
-        yield "text"
+        yield [1]
         raise AssertionError("asked for more")
 
     async with App(model) as app:
@@ -544,135 +526,6 @@ async def test_a_stop_lets_a_stream_answer_what_it_has_begun() -> None:
                 go_on.set()
         answer = answer_in(stream.sent)
         assert (answer.code, len(answer.messages)) == (14, 1)
-
-
-# --- loading ------------------------------------------------------------------------
-
-
-async def control(app: App, verb: str, name: str, **more: Any) -> Answer:
-    request = proto(f"RepositoryModel{verb}Request", model_name=name)
-    return await app.call(f"RepositoryModel{verb}", request, **more)
-
-
-async def test_load_and_unload() -> None:
-    model = doubling()
-    life: list[str] = []
-    model.load(lambda: life.append("load"))
-    model.unload(lambda: life.append("unload"))
-    async with App(model) as app:
-        loaded = (await control(app, "Load", "m")).read("RepositoryModelLoadResponse")
-        assert (loaded.model_name, loaded.isLoaded) == ("m", True)
-        assert life == ["load", "unload", "load"]
-        answer = await control(app, "Unload", "m")
-        unloaded = answer.read("RepositoryModelUnloadResponse")
-        assert (unloaded.model_name, unloaded.isUnloaded) == ("m", True)
-        for again in (
-            await control(app, "Unload", "m"),
-            await app.call("ModelInfer", asking()),
-            await app.call("ModelReady", proto("ModelReadyRequest", name="m")),
-            await app.call("ModelMetadata", proto("ModelMetadataRequest", name="m")),
-        ):
-            assert again.code == 5
-            assert again.text == "Model with name m does not exist."
-        assert not await app.dataplane.ready()
-        assert (await control(app, "Load", "m")).code == 0
-        assert (await app.call("ModelInfer", asking())).code == 0
-        assert await app.dataplane.ready()
-        for verb in ("Load", "Unload"):
-            assert (await control(app, verb, "zz")).code == 5
-
-
-async def test_an_unloaded_model_does_not_make_the_server_unready() -> None:
-    other = Model("other")
-    other.predict(lambda x: x)
-    async with App(doubling(), other) as app:
-        await control(app, "Unload", "other")
-        assert await app.dataplane.ready()
-
-
-async def test_all_versions_are_loaded_and_unloaded() -> None:
-    async with App(doubling(version="1"), doubling(version="2")) as app:
-        await control(app, "Unload", "m")
-        assert (await app.call("ModelInfer", asking(model_version="1"))).code == 5
-        await control(app, "Load", "m")
-        for version in ("1", "2"):
-            asked = asking(model_version=version)
-            assert (await app.call("ModelInfer", asked)).code == 0
-
-
-async def test_a_load_that_fails(caplog: pytest.LogCaptureFixture) -> None:
-    model = doubling()
-    outcomes = iter([1, ValueError("s3cr3t"), 2])
-
-    @model.load
-    def load() -> object:
-        outcome = next(outcomes)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    async with App(model) as app:
-        answer = await control(app, "Load", "m")
-        assert answer.code == 14
-        assert answer.text == "Model with name m is not ready."
-        assert "s3cr3t" in caplog.text
-        assert (await app.call("ModelInfer", asking())).code == 14
-        assert (await control(app, "Load", "m")).code == 0
-        assert model.state == 2
-
-
-async def test_loads_come_one_after_the_other() -> None:
-    model = doubling()
-    gate = threading.Semaphore(1)
-
-    @model.load
-    def load() -> None:
-        assert gate.acquire(blocking=False)
-        gate.release()
-
-    async with App(model) as app:
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(control(app, verb, "m"))
-                for verb in ("Load", "Load", "Unload", "Load")
-            ]
-        assert [task.result().code for task in tasks] == [0] * 4
-
-
-async def test_no_loads_while_the_server_stops() -> None:
-    async with App(doubling()) as app:
-        app.dataplane.accepting = False
-        assert (await control(app, "Load", "m")).code == 14
-
-
-@pytest.mark.parametrize("verb", ["Load", "Unload"])
-async def test_control_is_for_the_same_machine(verb: str) -> None:
-    async with App(doubling()) as app:
-        answer = await control(app, verb, "m", peer="192.0.2.1")
-        assert answer.code == 7
-        assert "model_control" in answer.text
-        app.rpc = type(app.rpc)(
-            app.dataplane, max_message_size=1000, model_control=True
-        )
-        assert (await control(app, verb, "m", peer="192.0.2.1")).code == 0
-
-
-@pytest.mark.parametrize(
-    ("host", "local"),
-    [
-        ("127.0.0.1", True),
-        ("127.9.8.7", True),
-        ("::1", True),
-        ("::ffff:127.0.0.1", True),
-        ("::ffff:192.0.2.1", False),
-        ("0.0.0.0", False),
-        ("192.0.2.1", False),
-        ("localhost", False),
-        ("", False),
-    ],
-)
-def test_loopback(host: str, *, local: bool) -> None:
-    assert is_loopback(host) == local
 
 
 async def test_the_context_knows_when_the_client_has_gone() -> None:

@@ -15,7 +15,12 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import (
+    descriptor_pb2,
+    descriptor_pool,
+    json_format,
+    message_factory,
+)
 
 
 def _load() -> Any:
@@ -33,3 +38,11 @@ POOL: Any = _load()
 def message_class(name: str) -> Any:
     """Return the message class of a full name, `inference.ModelInferRequest` say."""
     return message_factory.GetMessageClass(POOL.FindMessageTypeByName(name))
+
+
+def message_from(kind: Any, document: dict[str, Any]) -> Any:
+    """Return a message of a class, made of plain JSON by protobuf's own mapping.
+
+    Raises ParseError for what the message has no place for.
+    """
+    return json_format.ParseDict(document, kind())

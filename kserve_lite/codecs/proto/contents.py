@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from kserve_lite.tensors import numpy_dtype
-
-if TYPE_CHECKING:
-    import numpy as np
+from typing import NamedTuple
 
 
 class Contents(NamedTuple):
@@ -42,11 +35,3 @@ CONTENTS: dict[str, Contents] = {
     "FP64": Contents("fp64_contents", 7, 8, "float64"),
     "BYTES": Contents("bytes_contents", 8, None, "object"),
 }
-
-
-@cache
-def little_endian(datatype: str) -> np.dtype[Any]:
-    """The numpy dtype of a datatype as raw contents and fixed-width fields hold it."""
-    dtype = numpy_dtype(datatype)
-    # newbyteorder would make another object of it, which prints in another way.
-    return dtype if sys.byteorder == "little" else dtype.newbyteorder("<")

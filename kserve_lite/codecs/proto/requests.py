@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
+from math import isnan
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kserve_lite.codecs.json_tensors import MAX_DIMENSIONS
 from kserve_lite.codecs.proto import message_class, wire
-from kserve_lite.codecs.proto.contents import CONTENTS, Contents, little_endian
+from kserve_lite.codecs.proto.contents import CONTENTS, Contents
 from kserve_lite.codecs.proto.varints import read_varints
 from kserve_lite.codecs.proto.wire import Buffer, fields, read_message
-from kserve_lite.errors import InvalidInput
-from kserve_lite.messages import InferRequest, RequestedOutput
-from kserve_lite.tensors import (
-    DATATYPES,
-    Parameters,
-    Tensor,
-    describe,
-    element_count,
+from kserve_lite.codecs.raw_tensors import (
+    check_count,
+    check_names,
+    from_raw,
+    known_datatype,
+    little_endian,
+    objects,
+    shaped,
 )
+from kserve_lite.errors import InvalidInput
+from kserve_lite.messages import MAX_ENTRIES, InferRequest, RequestedOutput
+from kserve_lite.tensors import DATATYPES, Parameters, Tensor, describe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,10 +30,6 @@ if TYPE_CHECKING:
 ModelInferRequest = message_class("inference.ModelInferRequest")
 InferInputTensor = message_class("inference.ModelInferRequest.InferInputTensor")
 InferTensorContents = message_class("inference.InferTensorContents")
-
-# Inputs, outputs and parameters that one message may have of each. All are looked at
-# one by one on the event loop, and a few bytes make one. No model comes near it.
-MAX_ENTRIES = 4096
 
 
 class Parsed(NamedTuple):
@@ -65,8 +65,8 @@ def decode(parsed: Parsed) -> tuple[InferRequest, bool]:
     inputs = message.inputs
     model_name = message.model_name
     if len(inputs) > 1 or message.outputs:
-        _bounded("inputs", inputs)
-        _bounded("outputs", message.outputs)
+        check_count("inputs", inputs)
+        check_count("outputs", message.outputs)
     if raw and len(raw) != len(inputs):
         raise InvalidInput(
             f"the number of inputs ({len(inputs)}) does not match the expected number "
@@ -83,29 +83,24 @@ def decode(parsed: Parsed) -> tuple[InferRequest, bool]:
                     "contents field must not be specified when using "
                     f"raw_input_contents for input '{name}' for model '{model_name}'"
                 )
-            array = _from_raw(raw[index], datatype, shape, name)
+            known_datatype(datatype, name)
+            array = from_raw(raw[index], datatype, shape, name)
         else:
             array = _from_contents(given, contents, datatype, shape)
         parameters = _parameters(given.parameters) if given.parameters else {}
         tensors.append(Tensor(name, array, datatype, parameters))
-    if len(tensors) > 1 and len({tensor.name for tensor in tensors}) != len(tensors):
-        raise InvalidInput("Two inputs have the same name.")
+    outputs = tuple(map(_requested, message.outputs)) if message.outputs else ()
+    if outputs or len(tensors) > 1:
+        check_names(tensors, outputs)
     request = InferRequest(
         model_name,
         tuple(tensors),
         id=message.id or None,
         model_version=message.model_version or None,
         parameters=_parameters(message.parameters) if message.parameters else {},
-        outputs=tuple(map(_requested, message.outputs)) if message.outputs else (),
+        outputs=outputs,
     )
     return request, bool(raw)
-
-
-def _bounded(what: str, entries: Sized) -> None:
-    if len(entries) > MAX_ENTRIES:
-        raise InvalidInput(
-            f"A request may have at most {MAX_ENTRIES} {what}, got {len(entries)}."
-        )
 
 
 def _shape(given: Any, name: str) -> tuple[int, ...]:
@@ -130,7 +125,7 @@ def _requested(output: Any) -> RequestedOutput:
 
 def _parameters(message: Any) -> Parameters:
     """The values of a map of InferParameter; one without a value is left out."""
-    _bounded("parameters", message)
+    check_count("parameters", message)
     values = {}
     for name, parameter in message.items():
         which = parameter.WhichOneof("parameter_choice")
@@ -139,86 +134,11 @@ def _parameters(message: Any) -> Parameters:
     return values
 
 
-def _known(datatype: str, name: str) -> None:
-    if datatype not in DATATYPES:
-        # Only what is short and plain is named: never a request's data.
-        plain = len(datatype) <= 16 and datatype.isascii() and datatype.isalnum()
-        came = f"'{datatype}'" if plain else "something else"
-        raise InvalidInput(
-            f"Input '{name}' must have a datatype out of {', '.join(DATATYPES)}; "
-            f"got {came}."
-        )
-
-
-def _shaped(
-    array: np.ndarray, datatype: str, shape: tuple[int, ...], name: str
-) -> np.ndarray:
-    """Give an array its shape; raise InvalidInput where it has not as many elements."""
-    count = element_count(shape)
-    if array.size != count:
-        raise InvalidInput(
-            f"Input '{name}' of shape {describe(datatype, shape)} must have "
-            f"{count} elements, got {array.size}."
-        )
-    try:
-        return array.reshape(shape)
-    except ValueError:  # no elements, and sizes whose product numpy cannot hold
-        raise InvalidInput(
-            f"Input '{name}': no tensor can have the shape {describe(datatype, shape)}."
-        ) from None
-
-
-def _from_raw(
-    data: Buffer, datatype: str, shape: tuple[int, ...], name: str
-) -> np.ndarray:
-    import numpy as np
-
-    _known(datatype, name)
-    if datatype == "BYTES":
-        return _shaped(_split_bytes(data, name), datatype, shape, name)
-    expected = DATATYPES[datatype].width * element_count(shape)
-    if len(data) != expected:
-        raise InvalidInput(
-            f"Input '{name}' of shape {describe(datatype, shape)} must have "
-            f"{expected} bytes of raw contents, got {len(data)}."
-        )
-    if datatype == "BOOL":
-        # A byte that is neither 0 nor 1 would be neither true nor false to numpy.
-        array = np.frombuffer(data, np.uint8)
-        array = array.view(bool) if not (array > 1).any() else array != 0
-    else:
-        array = np.frombuffer(data, little_endian(datatype))
-    return _shaped(array, datatype, shape, name)
-
-
-def _split_bytes(data: Buffer, name: str) -> np.ndarray:
-    """BYTES elements: each a 4-byte little-endian length and that many bytes."""
-    data = bytes(data)
-    elements: list[bytes] = []
-    position, size = 0, len(data)
-    while position < size:
-        begin = position + 4
-        position = begin + int.from_bytes(data[position:begin], "little")
-        if begin > size or position > size:
-            raise InvalidInput(
-                f"Input '{name}' is BYTES: the raw contents end inside element "
-                f"{len(elements)}."
-            )
-        elements.append(data[begin:position])
-    return _objects(elements)
-
-
-def _objects(elements: Sequence[bytes]) -> np.ndarray:
-    import numpy as np
-
-    return np.fromiter(elements, object, len(elements))
-
-
 def _from_contents(
     given: Any, cut: memoryview | None, datatype: str, shape: tuple[int, ...]
 ) -> np.ndarray:
     name = given.name
-    _known(datatype, name)
+    known_datatype(datatype, name)
     column = CONTENTS.get(datatype)
     if column is None:
         raise InvalidInput(
@@ -233,7 +153,7 @@ def _from_contents(
         array = _from_message(contents, column, name, datatype)
     if DATATYPES[datatype].dtype != column.dtype:
         array = _narrowed(array, datatype, name)
-    return _shaped(array, datatype, shape, name)
+    return shaped(array, datatype, shape, name)
 
 
 def _from_message(
@@ -250,7 +170,14 @@ def _from_message(
                 f"{column.field}, got {', '.join(filled)}."
             )
     if column.width is None:
-        return _objects(values)
+        return objects(values)
+    if column.width and (len(values) > 16 or isnan(sum(values[:]))):
+        # As Python's floats, signalling NaN of FP32 become quiet ones; and of more
+        # than some 16 numbers the objects take longer than the field written again.
+        packed = memoryview(contents.SerializeToString())
+        array = _from_cut(packed, column, datatype)
+        if array is not None:
+            return array
     return np.fromiter(values, column.dtype, len(values))
 
 

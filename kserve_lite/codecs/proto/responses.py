@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kserve_lite.codecs.proto import message_class, wire
-from kserve_lite.codecs.proto.contents import CONTENTS, little_endian
+from kserve_lite.codecs.proto.contents import CONTENTS
 from kserve_lite.codecs.proto.varints import write_varints
-from kserve_lite.codecs.proto.wire import Buffer, delimited, joined, prefix
+from kserve_lite.codecs.proto.wire import Buffer, delimited, prefix
+from kserve_lite.codecs.raw_tensors import (
+    elements_of,
+    flattened,
+    joined,
+    octets,
+    raw_of,
+)
 from kserve_lite.messages import InferResponse
 from kserve_lite.tensors import Parameters, Tensor
-
-if TYPE_CHECKING:
-    import numpy as np
 
 ModelInferResponse = message_class("inference.ModelInferResponse")
 InferOutputTensor = message_class("inference.ModelInferResponse.InferOutputTensor")
@@ -46,21 +50,25 @@ def encode(response: InferResponse, *, raw: bool) -> list[Buffer]:
         else:
             large += _large_output(tensor)
     start = message.SerializeToString()
-    return joined([start, *large]) if large else [start]
+    return _joined([start, *large]) if large else [start]
 
 
 def in_stream(pieces: list[Buffer]) -> list[Buffer]:
     """Wrap an encoded answer as the `infer_response` of a ModelStreamInferResponse."""
-    return joined([prefix(2, sum(map(len, pieces))), *pieces])
+    return _joined([prefix(2, sum(map(len, pieces))), *pieces])
 
 
 def _encode_raw(response: InferResponse, message: Any) -> list[Buffer]:
     values: list[Buffer] = []
     for tensor in response.outputs:
         _write_head(message.outputs.add(), tensor)
-        data = _raw_of(tensor)
+        data = raw_of(tensor)
         values += (prefix(6, len(data)), data)
-    return joined([message.SerializeToString(), *values])
+    return _joined([message.SerializeToString(), *values])
+
+
+def _joined(pieces: list[Buffer]) -> list[Buffer]:
+    return joined(pieces, below=wire.FAST_SIZE)
 
 
 def _write_head(output: Any, tensor: Tensor) -> None:
@@ -72,11 +80,16 @@ def _write_head(output: Any, tensor: Tensor) -> None:
 
 
 def _write_contents(contents: Any, tensor: Tensor) -> None:
-    flat = _flat(tensor)
-    values = _elements(flat) if tensor.datatype == "BYTES" else flat.tolist()
+    flat = flattened(tensor)
+    column = CONTENTS[tensor.datatype]
     # Present even where it is empty: so says "typed" to the client.
     contents.SetInParent()
-    getattr(contents, CONTENTS[tensor.datatype].field).extend(values)
+    if column.width:
+        # As Python's floats, signalling NaN of FP32 would become quiet ones.
+        contents.MergeFromString(delimited(column.number, flat.tobytes()))
+        return
+    values = elements_of(flat) if tensor.datatype == "BYTES" else flat.tolist()
+    getattr(contents, column.field).extend(values)
 
 
 def _large_output(tensor: Tensor) -> list[Buffer]:
@@ -84,66 +97,16 @@ def _large_output(tensor: Tensor) -> list[Buffer]:
     column = CONTENTS[tensor.datatype]
     head = InferOutputTensor()
     _write_head(head, tensor)
-    flat = _flat(tensor)
+    flat = flattened(tensor)
     packed: Buffer
     if column.width or tensor.datatype == "BOOL":
-        packed = _view(flat)  # a BOOL's byte is its varint
+        packed = octets(flat)  # a BOOL's byte is its varint
     else:
         packed = write_varints(flat)
     before = prefix(column.number, len(packed))
     before = prefix(5, len(before) + len(packed)) + before
     start: bytes = head.SerializeToString() + before
     return [prefix(5, len(start) + len(packed)) + start, packed]
-
-
-def _raw_of(tensor: Tensor) -> Buffer:
-    flat = _flat(tensor)
-    if tensor.datatype != "BYTES":
-        return _view(flat)
-    pieces: list[bytes] = []
-    for element in _elements(flat):
-        pieces += (len(element).to_bytes(4, "little"), element)
-    return b"".join(pieces)
-
-
-def _flat(tensor: Tensor) -> np.ndarray:
-    """The values in row-major order, of the type that the tensor says.
-
-    Raises TypeError or ValueError where the array holds what that cannot.
-    """
-    flat = tensor.array.reshape(-1)
-    if tensor.datatype == "BYTES":
-        return flat
-    dtype = little_endian(tensor.datatype)
-    if flat.dtype == dtype:
-        return flat
-    # A Tensor may be built by hand, with an array of another type than it says.
-    cast: np.ndarray = flat.astype(dtype, casting="same_kind")
-    if dtype.kind in "iu" and not (cast == flat).all():
-        raise ValueError(f"output '{tensor.name}' has values beyond {tensor.datatype}")
-    return cast
-
-
-def _view(flat: np.ndarray) -> memoryview:
-    """The bytes of a flat array, copied only where it is not in one piece."""
-    import numpy as np
-
-    return np.ascontiguousarray(flat).view(np.uint8).data
-
-
-def _elements(flat: np.ndarray) -> list[bytes]:
-    """The elements of a BYTES array; text is written as UTF-8."""
-    elements = []
-    for element in flat.tolist():
-        if isinstance(element, str):
-            element = element.encode()
-        elif not isinstance(element, bytes):
-            raise TypeError(
-                f"an element of BYTES must be bytes or str, not "
-                f"{type(element).__name__}"
-            )
-        elements.append(element)
-    return elements
 
 
 def _write_parameters(target: Any, parameters: Parameters) -> None:

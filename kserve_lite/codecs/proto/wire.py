@@ -76,20 +76,3 @@ def prefix(number: int, length: int) -> bytes:
 
 def delimited(number: int, value: bytes) -> bytes:
     return prefix(number, len(value)) + value
-
-
-def joined(pieces: list[Buffer]) -> list[Buffer]:
-    """Join small neighbours, so that only large pieces stand alone."""
-    together: list[Buffer] = []
-    small: list[Buffer] = []
-    for piece in pieces:
-        if len(piece) < FAST_SIZE:
-            small.append(piece)
-            continue
-        if small:
-            together.append(b"".join(small))
-            small = []
-        together.append(piece)
-    if small:
-        together.append(b"".join(small))
-    return together
