@@ -2,7 +2,8 @@
 
 The request is the one that will be sent under load, over the same protocol: REST with
 http.client, or with nghttp where it goes over HTTP/2, and gRPC with grpcio, which the
-environment of KServe has. Standard library only.
+environment of KServe has. An answer with binary tensors is taken apart into its JSON
+and the bytes of each tensor, which must be the same to the bit. Standard library only.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import http.client
 import json
 import math
 import subprocess
+import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import loaders
-from cases import Case, Load
+from cases import JSON_SIZE, Case
+from loaders import Request
 
 HERE = Path(__file__).resolve().parent
 
@@ -31,37 +33,55 @@ class Answer:
     value: Any
 
 
-def ask_rest(name: str, port: int, case: Case, load: Load, body: Path) -> Answer:
-    if load.protocol == "HTTP/2":
-        content = _over_http2(port, case, load, body)
+def ask_rest(name: str, request: Request, *, http2: bool) -> Answer:
+    if http2:
+        # It does not tell the status, but an error has another body, and h2load counts
+        # statuses later.
+        argv = ["nghttp", "--timeout=60", *request.options()]
+        content, json_size = subprocess.check_output(argv), None
     else:
-        content = _over_http1(name, port, case, load, body)
+        content, json_size = _over_http1(name, request)
     try:
-        return Answer(content, len(content), json.loads(content))
-    except ValueError:
-        raise SystemExit(f"{name} answered no JSON: {content[:300]!r}") from None
+        if json_size is None:
+            return Answer(content, len(content), json.loads(content))
+        return Answer(content, len(content), binary(content, int(json_size)))
+    except (ValueError, KeyError) as error:
+        shown = f"{error!r}: {content[:300]!r}"
+        raise SystemExit(f"{name} answered no V1 or V2: {shown}") from None
 
 
-def _over_http1(name: str, port: int, case: Case, load: Load, body: Path) -> bytes:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    headers = {"content-type": loaders.content_type(load)}
-    connection.request("POST", case.path, body.read_bytes(), headers)
+def _over_http1(name: str, request: Request) -> tuple[bytes, str | None]:
+    """The body of the answer, and where its JSON ends if tensors follow."""
+    url = urllib.parse.urlsplit(request.url)
+    connection = http.client.HTTPConnection(url.netloc, timeout=60)
+    headers = dict(request.headers)
+    connection.request("POST", url.path, request.body.read_bytes(), headers)
     response = connection.getresponse()
     content = response.read()
     connection.close()
     if response.status != 200:
         shown = content[:300].decode(errors="replace")
         raise SystemExit(f"{name}: {response.status} {shown}")
-    return content
+    json_size = response.headers.get(JSON_SIZE)
+    if JSON_SIZE in headers and json_size is None:
+        raise SystemExit(f"{name} answered in JSON, and was asked for binary tensors")
+    return content, json_size
 
 
-def _over_http2(port: int, case: Case, load: Load, body: Path) -> bytes:
-    # It does not tell the status, but an error has another body, and h2load counts
-    # statuses later.
-    argv = ["nghttp", "--timeout=60", "-d", str(body)]
-    argv += ["-H", f"content-type: {loaders.content_type(load)}"]
-    url = f"http://127.0.0.1:{port}{case.path}"
-    return subprocess.check_output([*argv, url])
+def binary(content: bytes, json_size: int) -> dict[str, Any]:
+    """The JSON of a V2 answer with binary tensors, and their bytes by output's name."""
+    head = json.loads(content[:json_size])
+    tensors = {}
+    start = json_size
+    for output in head["outputs"]:
+        end = start + output["parameters"]["binary_data_size"]
+        tensors[output["name"]] = content[start:end]
+        start = end
+    if start != len(content):
+        raise ValueError(
+            f"{len(content)} bytes came, and its JSON accounts for {start}"
+        )
+    return {"json": head, "tensors": tensors}
 
 
 def ask_grpc(

@@ -45,6 +45,7 @@ def draw(title: str, note: str, bars: Sequence[Bar]) -> str:
         end, low, high = (LEFT + v * scale for v in (bar.value, bar.low, bar.high))
         kind = "bar first" if index == 0 else "bar"
         middle = y + 14
+        shown = f"{bar.value:,.0f}" if bar.value >= 100 else f"{bar.value:.1f}"
         parts += [
             (
                 f'<text x="{LEFT - 10}" y="{y + 19}" text-anchor="end">'
@@ -55,6 +56,6 @@ def draw(title: str, note: str, bars: Sequence[Bar]) -> str:
                 f'class="{kind}"/>'
             ),
             f'<line x1="{low:.1f}" y1="{middle}" x2="{high:.1f}" y2="{middle}"/>',
-            f'<text x="{high + 8:.1f}" y="{y + 19}">{bar.value:,.0f}</text>',
+            f'<text x="{high + 8:.1f}" y="{y + 19}">{shown}</text>',
         ]
     return "\n".join([*parts, "</svg>"]) + "\n"

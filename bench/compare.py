@@ -88,13 +88,16 @@ class Server:
     rounds: list[Round] = field(default_factory=list)
 
 
+def lite(python: Path, load: Load) -> Contender:
+    argv = ("serve_lite.py", "{handler}", "--http_port", "{port}")
+    return Contender("kserve-lite", python, (*argv, "--host", "127.0.0.1"), load)
+
+
 def contenders(case: Case, options: argparse.Namespace) -> list[Contender]:
     load = case.load
     if load.program == "wrk" and options.connections is not None:
         load = replace(load, connections=options.connections)
-    lite = ("serve_lite.py", "{handler}", "--http_port", "{port}")
-    lite_argv = (*lite, "--host", "127.0.0.1")
-    every = [Contender("kserve-lite", options.python, lite_argv, load)]
+    every = [lite(options.python, load)]
     if case.rival is not None:
         every.append(replace(every[0], name=case.against, load=case.rival))
     else:
@@ -182,6 +185,11 @@ def load_port(server: Server) -> int:
     return server.port
 
 
+def request_to(server: Server, case: Case, body: Path) -> loaders.Request:
+    url = f"http://127.0.0.1:{load_port(server)}{case.path}"
+    return loaders.Request(url, case.headers, body)
+
+
 def ask_all(servers: Sequence[Server], case: Case, body: Path) -> list[answers.Answer]:
     """The answer of each server to the request of the case; all must be the same."""
     if case.load.protocol == "gRPC":
@@ -190,8 +198,9 @@ def ask_all(servers: Sequence[Server], case: Case, body: Path) -> list[answers.A
     else:
         found = []
         for one in servers:
-            name, load = one.contender.name, one.contender.load
-            found.append(answers.ask_rest(name, one.port, case, load, body))
+            request = request_to(one, case, body)
+            http2 = one.contender.load.protocol == "HTTP/2"
+            found.append(answers.ask_rest(one.contender.name, request, http2=http2))
     first = found[0]
     for other in found[1:]:
         if not answers.same(first.value, other.value):
@@ -201,13 +210,16 @@ def ask_all(servers: Sequence[Server], case: Case, body: Path) -> list[answers.A
 
 
 def load(
-    server: Server, case: Case, body: Path, seconds: int, answer_bytes: int
+    server: Server, case: Case, body: Path, *, seconds: int, answer_bytes: int
 ) -> Round:
-    url = f"http://127.0.0.1:{load_port(server)}{case.path}"
-    pid = server.process.pid
+    request, pid = request_to(server, case, body), server.process.pid
     before = machine.seconds(pid)
-    seen = loaders.run(server.contender.load, url, body, seconds, answer_bytes)
+    seen = loaders.run(
+        server.contender.load, request, seconds=seconds, answer_bytes=answer_bytes
+    )
     after = machine.seconds(pid)
+    # Requests that were left unanswered are still computed, at the cost of who is next.
+    machine.wait_until_idle(pid, limit=30.0)
     wall, own, client, busy = (b - a for a, b in zip(before, after, strict=True))
     return Round(
         requests_per_second=seen.rate,
@@ -250,6 +262,7 @@ def run_rounds(
     servers: Sequence[Server],
     case: Case,
     body: Path,
+    *,
     sizes: dict[str, int],
     options: argparse.Namespace,
 ) -> int:
@@ -267,7 +280,9 @@ def run_rounds(
         seen = {}
         for one in order:
             name = one.contender.name
-            seen[name] = load(one, case, body, options.seconds, sizes[name])
+            seconds = options.seconds or case.seconds
+            size = sizes[name]
+            seen[name] = load(one, case, body, seconds=seconds, answer_bytes=size)
             values = [getattr(seen[name], column) for column in report.COLUMNS]
             note = f"  {seen[name].errors} ERRORS" if seen[name].errors else ""
             print(report.line(str(number + 1), name, values) + note, flush=True)
@@ -295,13 +310,18 @@ def measure(
         sizes = dict(zip(names, (one.size for one in replies), strict=True))
         size = body.stat().st_size
         loads = {str(one.contender.load): None for one in servers}
+        seconds = options.seconds or case.seconds
         print(f"\n{case.name}: {case.what}; {size:,} byte body", end=", ")
-        print(f"{' against '.join(loads)}, {options.seconds} s a round")
+        print(f"{' against '.join(loads)}, {seconds} s a round")
         heads = "".join(f"{head:>10}" for head in report.COLUMNS.values())
         print(f"{'round':7}{'server':18}{heads}")
         for one in servers:  # Warm-up: fills caches, and is not counted.
-            load(one, case, body, min(2, options.seconds), sizes[one.contender.name])
-        discarded = run_rounds(servers, case, body, sizes, options)
+            warm_up, size = (
+                min(seconds, max(2, seconds // 4)),
+                sizes[one.contender.name],
+            )
+            load(one, case, body, seconds=warm_up, answer_bytes=size)
+        discarded = run_rounds(servers, case, body, sizes=sizes, options=options)
         for one in servers:
             one.loaded_kib = machine.memory(one.process.pid, "VmRSS")
             one.peak_kib = machine.memory(one.process.pid, "VmHWM")
@@ -316,7 +336,7 @@ def measure(
         "what": case.what,
         "request": {"path": case.path, "body_bytes": size},
         "answers_byte_equal": len({one.content for one in replies}) == 1,
-        "seconds": options.seconds,
+        "seconds": seconds,
         "rounds_thrown_away": discarded,
         "target": case.target,
         "target_is_against": case.against,
@@ -325,9 +345,7 @@ def measure(
         "servers": {
             one.contender.name: {
                 "load": str(one.contender.load),
-                "client": " ".join(
-                    loaders.command(one.contender.load, options.seconds)
-                ),
+                "client": " ".join(loaders.command(one.contender.load, seconds)),
                 "median": {column: median(one, column) for column in report.COLUMNS},
                 "ready_seconds": one.ready_seconds,
                 "rss_kib": {"idle": one.idle_kib, "after_load": one.loaded_kib}
@@ -343,7 +361,8 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seconds", type=int, default=5, help="of each round")
+    help_seconds = "of each round (default: 5; 10 and 30 where answers take long)"
+    parser.add_argument("--seconds", type=int, help=help_seconds)
     parser.add_argument("--rounds", type=int, default=3)
     help_retries = "disturbed rounds to throw away and repeat"
     parser.add_argument("--retries", type=int, default=0, help=help_retries)
@@ -367,7 +386,12 @@ def main() -> None:
     cases = [case for case in CASES if case.name in options.case]
     require_programs(cases)
     ensure_kserve()
-    known = machine.facts(options.python, KSERVE_PYTHON)
+    known = machine.facts(
+        {
+            "kserve-lite's environment": options.python,
+            "kserve's environment": KSERVE_PYTHON,
+        }
+    )
     known |= {
         "switched_off": report.SWITCHED_OFF,
         "not_measured": report.NOT_MEASURED,

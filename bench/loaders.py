@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cases import Load
+from cases import Headers, Load
 
 HERE = Path(__file__).resolve().parent
 # Where each program comes from, said when it is missing.
@@ -26,12 +26,28 @@ ORIGIN = {
     "wrk": "the package wrk of Debian and Ubuntu",
     "h2load": "the package nghttp2-client of Debian and Ubuntu",
     "nghttp": "the package nghttp2-client of Debian and Ubuntu",
+    "curl": "the package curl of Debian and Ubuntu",
 }
-CONTENT_TYPE = {"gRPC": "application/grpc"}
 _RATE = re.compile(r"^finished in .*?, ([\d.]+) req/s", re.MULTILINE)
 _DONE = re.compile(r"^requests: .*? (\d+) done, .*? (\d+) failed", re.MULTILINE)
 _GOOD = re.compile(r"^status codes: (\d+) 2xx", re.MULTILINE)
 _DATA = re.compile(r"\((\d+)\) data$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is sent, again and again; `body` is a file."""
+
+    url: str
+    headers: Headers
+    body: Path
+
+    def options(self) -> list[str]:
+        """As h2load and nghttp take them."""
+        each = [
+            part for name, value in self.headers for part in ("-H", f"{name}: {value}")
+        ]
+        return ["-d", str(self.body), *each, self.url]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +67,9 @@ def require(programs: Iterable[str]) -> None:
     for program in sorted(set(programs)):
         if shutil.which(program) is None:
             raise SystemExit(
-                f"{program} is not on the PATH, and some of the chosen cases need it: "
-                f"install it ({ORIGIN[program]}) or choose others with --case"
+                f"{program} is not on the PATH, and what was asked for needs it: "
+                f"install {ORIGIN[program]}, or leave out what does"
             )
-
-
-def content_type(load: Load) -> str:
-    return CONTENT_TYPE.get(load.protocol, "application/json")
 
 
 def command(load: Load, seconds: int) -> list[str]:
@@ -71,19 +83,22 @@ def command(load: Load, seconds: int) -> list[str]:
     return [*argv, "--h1"] if load.protocol == "HTTP/1.1" else argv
 
 
-def run(load: Load, url: str, body: Path, seconds: int, answer_bytes: int) -> Seen:
+def run(load: Load, request: Request, *, seconds: int, answer_bytes: int) -> Seen:
     """Load one server; `answer_bytes` is the size of the body of a right answer."""
     if load.program == "wrk":
-        return _wrk(load, url, body, seconds)
-    return _h2load(load, url, body, seconds, answer_bytes)
+        return _wrk(load, request, seconds)
+    return _h2load(load, request, seconds, answer_bytes)
 
 
-def _wrk(load: Load, url: str, body: Path, seconds: int) -> Seen:
-    argv = [*command(load, seconds), "-s", str(HERE / "post.lua"), url]
-    env = dict(os.environ, BENCH_BODY=str(body))
+def _wrk(load: Load, request: Request, seconds: int) -> Seen:
+    argv = [*command(load, seconds), "-s", str(HERE / "post.lua"), request.url]
+    headers = "".join(f"{name}: {value}\n" for name, value in request.headers)
+    env = dict(os.environ, BENCH_BODY=str(request.body), BENCH_HEADERS=headers)
     text = subprocess.check_output(argv, env=env, text=True)
     lines = [line for line in text.splitlines() if line.startswith("BENCH ")]
     seen = json.loads(lines[0].removeprefix("BENCH "))
+    if not seen["requests"]:
+        raise SystemExit(f"not one answer in {seconds} s:\n{text}")
     return Seen(
         requests=seen["requests"],
         rate=seen["requests"] / seen["duration_us"] * 1e6,
@@ -94,15 +109,13 @@ def _wrk(load: Load, url: str, body: Path, seconds: int) -> Seen:
     )
 
 
-def _h2load(load: Load, url: str, body: Path, seconds: int, answer_bytes: int) -> Seen:
-    argv = [*command(load, seconds), "-d", str(body)]
-    argv += ["-H", f"content-type: {content_type(load)}"]
-    if load.protocol == "gRPC":
-        argv += ["-H", "te: trailers"]
+def _h2load(load: Load, request: Request, seconds: int, answer_bytes: int) -> Seen:
+    argv = command(load, seconds)
     with tempfile.TemporaryDirectory() as scratch:
         # It prints a mean and a longest time only; percentiles need every request.
         log = Path(scratch) / "requests.tsv"
-        text = subprocess.check_output([*argv, f"--log-file={log}", url], text=True)
+        argv += [f"--log-file={log}", *request.options()]
+        text = subprocess.check_output(argv, text=True)
         times = sorted(int(row.rpartition(b"\t")[2]) for row in log.open("rb"))
     try:
         rate = float(_found(_RATE, text)[0])

@@ -43,13 +43,15 @@ def output_of(*argv: str) -> str:
     return (result.stdout or result.stderr).strip().partition("\n")[0]
 
 
-def facts(lite_python: Path, kserve_python: Path) -> dict[str, Any]:
+def facts(environments: dict[str, Path]) -> dict[str, Any]:
+    """What a result says of where it was taken; kserve-lite's interpreter first."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     models = [line for line in cpuinfo.splitlines() if line.startswith("model name")]
     commit = output_of("git", "describe", "--always", "--abbrev=12")
     changed = output_of("git", "status", "--porcelain", "kserve_lite") != ""
     commit = "not committed" if commit.startswith("fatal") else f"git {commit}"
-    lite = versions(lite_python)
+    found = {name: versions(python) for name, python in environments.items()}
+    lite = next(iter(found.values()))
     lite["kserve-lite"] = commit + (" with uncommitted changes" if changed else "")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -58,20 +60,17 @@ def facts(lite_python: Path, kserve_python: Path) -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)),
             "kernel": platform.release(),
         },
-        "versions": {
-            **programs(),
-            "kserve-lite's environment": lite,
-            "kserve's environment": versions(kserve_python),
-        },
+        "versions": programs() | found,
     }
 
 
-def programs() -> dict[str, str]:
-    """The versions of the load programs that are here."""
+def programs() -> dict[str, Any]:
+    """The versions of the programs that send, as far as they are here."""
     found = {}
-    for name, argv in {"wrk": ("wrk", "-v"), "h2load": ("h2load", "--version")}.items():
+    for name, flag in {"wrk": "-v", "h2load": "--version", "curl": "--version"}.items():
         if shutil.which(name):
-            found[name] = output_of(*argv).partition(" Copyright")[0]
+            text = output_of(name, flag).partition(" Copyright")[0]
+            found[name] = text.partition(" (")[0]
     return found
 
 
@@ -79,6 +78,11 @@ def memory(pid: int, key: str) -> int:
     status = Path(f"/proc/{pid}/status").read_text()
     lines = (line.split() for line in status.splitlines())
     return next(int(line[1]) for line in lines if line[0] == f"{key}:")
+
+
+def reset_peak(pid: int) -> None:
+    """Let VmHWM begin anew at what is resident now (proc(5), clear_refs)."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def mapped_extensions(pid: int) -> list[str]:
@@ -106,6 +110,16 @@ def children_seconds() -> float:
 def seconds(pid: int) -> tuple[float, float, float, float]:
     """Now, and the processor time of a server, of finished children, of the machine."""
     return time.monotonic(), server_seconds(pid), children_seconds(), machine_seconds()
+
+
+def wait_until_idle(pid: int, limit: float) -> None:
+    """Return once a process took no processor time for 0.1 s, or after `limit`."""
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        before = server_seconds(pid)
+        time.sleep(0.1)
+        if server_seconds(pid) == before:
+            return
 
 
 def wait_until_quiet(limit: float, cores: float) -> None:

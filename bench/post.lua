@@ -1,6 +1,7 @@
--- The wrk script of every case: POST one fixed JSON body, report one JSON line.
+-- The wrk script of every case: POST one fixed body, report one JSON line.
 --
--- The body comes from the file named by BENCH_BODY, since wrk has no option for one.
+-- The body comes from the file named by BENCH_BODY, since wrk has no option for one, and
+-- the headers, a line each, from BENCH_HEADERS.
 -- There is no request() and no response() function on purpose: with either, wrk runs
 -- Lua for each request and becomes the bottleneck before a fast server does.
 
@@ -8,8 +9,11 @@ local path = assert(os.getenv("BENCH_BODY"), "BENCH_BODY names no file")
 local file = assert(io.open(path, "rb"))
 wrk.method = "POST"
 wrk.body = file:read("*a")
-wrk.headers["Content-Type"] = "application/json"
 file:close()
+local headers = assert(os.getenv("BENCH_HEADERS"), "BENCH_HEADERS is not set")
+for name, value in headers:gmatch("([^\n:]+): ([^\n]+)") do
+  wrk.headers[name] = value
+end
 
 function done(summary, latency)
   local e = summary.errors

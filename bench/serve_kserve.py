@@ -58,6 +58,21 @@ class Tensor(Base):
         return kserve.InferResponse(payload.id, self.name, [out])
 
 
+class LargeTensor(Base):
+    async def predict(self, payload: Any, headers: Any = None) -> Any:
+        x = payload.inputs[0].as_numpy()
+        # An array as `data` is turned into bytes or numbers once, when it is written;
+        # with set_data_from_numpy or get_predict_response that is done twice.
+        out = kserve.InferOutput("output-0", list(x.shape), "FP32", data=x)
+        return kserve.InferResponse(
+            payload.id,
+            self.name,
+            [out],
+            use_binary_outputs=payload.use_binary_outputs,
+            requested_outputs=payload.request_outputs,
+        )
+
+
 class Image(Base):
     async def predict(self, payload: dict[str, Any], headers: Any = None) -> Any:
         x = np.array(payload["instances"], dtype=np.float32)
@@ -76,6 +91,7 @@ HANDLERS = {
     "echo": Echo,
     "echo_sync": EchoSync,
     "tensor": Tensor,
+    "large_tensor": LargeTensor,
     "image": Image,
     "image_v2": ImageV2,
 }

@@ -40,6 +40,7 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "echo": echo,
     "echo_sync": echo_sync,
     "tensor": tensor,
+    "large_tensor": tensor,
     "image": image,
     "image_v2": image,
 }
