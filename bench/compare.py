@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Contender:
 
     @property
     def is_lite(self) -> bool:
-        return self.argv[0] == "serve_lite.py"
+        return self.argv[0].endswith("_lite.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,13 +260,10 @@ def ratios(servers: Sequence[Server]) -> dict[str, dict[str, float]]:
 
 def run_rounds(
     servers: Sequence[Server],
-    case: Case,
-    body: Path,
-    *,
-    sizes: dict[str, int],
+    turn: Callable[[Server], Round],
     options: argparse.Namespace,
 ) -> int:
-    """Load the servers in turn; give back how many rounds were thrown away.
+    """Give the servers their turns; return how many rounds were thrown away.
 
     A round counts or is thrown away for all servers at once, and only what other
     programs took of the machine decides, never a rate: so it cannot favour anyone.
@@ -280,9 +277,7 @@ def run_rounds(
         seen = {}
         for one in order:
             name = one.contender.name
-            seconds = options.seconds or case.seconds
-            size = sizes[name]
-            seen[name] = load(one, case, body, seconds=seconds, answer_bytes=size)
+            seen[name] = turn(one)
             values = [getattr(seen[name], column) for column in report.COLUMNS]
             note = f"  {seen[name].errors} ERRORS" if seen[name].errors else ""
             print(report.line(str(number + 1), name, values) + note, flush=True)
@@ -295,6 +290,36 @@ def run_rounds(
             one.rounds.append(seen[one.contender.name])
         number += 1
     return discarded
+
+
+def warm_up(seconds: int) -> int:
+    """How long a load goes before the rounds, which have so many seconds."""
+    return min(seconds, max(2, seconds // 4))
+
+
+def conclude_server(server: Server) -> None:
+    """Note what a server has come to after its last round, and print its medians."""
+    pid = server.process.pid
+    server.loaded_kib = machine.memory(pid, "VmRSS")
+    server.peak_kib = machine.memory(pid, "VmHWM")
+    server.extensions = machine.mapped_extensions(pid)
+    values = [median(server, column) for column in report.COLUMNS]
+    print(report.line("median", server.contender.name, values))
+
+
+def summary(server: Server, reply: answers.Answer, seconds: int) -> dict[str, Any]:
+    load = server.contender.load
+    return {
+        "load": str(load),
+        "client": " ".join(loaders.command(load, seconds)),
+        "median": {column: median(server, column) for column in report.COLUMNS},
+        "ready_seconds": server.ready_seconds,
+        "rss_kib": {"idle": server.idle_kib, "after_load": server.loaded_kib}
+        | {"peak": server.peak_kib},
+        "extensions_mapped": server.extensions,
+        "answer_bytes": reply.size,
+        "rounds": [asdict(one) for one in server.rounds],
+    }
 
 
 def measure(
@@ -313,21 +338,17 @@ def measure(
         seconds = options.seconds or case.seconds
         print(f"\n{case.name}: {case.what}; {size:,} byte body", end=", ")
         print(f"{' against '.join(loads)}, {seconds} s a round")
-        heads = "".join(f"{head:>10}" for head in report.COLUMNS.values())
-        print(f"{'round':7}{'server':18}{heads}")
+        report.heads()
+
+        def turn(server: Server, seconds: int = seconds) -> Round:
+            size = sizes[server.contender.name]
+            return load(server, case, body, seconds=seconds, answer_bytes=size)
+
         for one in servers:  # Warm-up: fills caches, and is not counted.
-            warm_up, size = (
-                min(seconds, max(2, seconds // 4)),
-                sizes[one.contender.name],
-            )
-            load(one, case, body, seconds=warm_up, answer_bytes=size)
-        discarded = run_rounds(servers, case, body, sizes=sizes, options=options)
+            turn(one, warm_up(seconds))
+        discarded = run_rounds(servers, turn, options)
         for one in servers:
-            one.loaded_kib = machine.memory(one.process.pid, "VmRSS")
-            one.peak_kib = machine.memory(one.process.pid, "VmHWM")
-            one.extensions = machine.mapped_extensions(one.process.pid)
-            values = [median(one, column) for column in report.COLUMNS]
-            print(report.line("median", one.contender.name, values))
+            conclude_server(one)
     found = ratios(servers)
     reached = found.get(f"kserve-lite / {case.against}")
     met = reached and case.target and reached["of_medians"] >= case.target
@@ -343,17 +364,7 @@ def measure(
         "target_met": met,
         "ratios": found,
         "servers": {
-            one.contender.name: {
-                "load": str(one.contender.load),
-                "client": " ".join(loaders.command(one.contender.load, seconds)),
-                "median": {column: median(one, column) for column in report.COLUMNS},
-                "ready_seconds": one.ready_seconds,
-                "rss_kib": {"idle": one.idle_kib, "after_load": one.loaded_kib}
-                | {"peak": one.peak_kib},
-                "extensions_mapped": one.extensions,
-                "answer_bytes": reply.size,
-                "rounds": [asdict(one_round) for one_round in one.rounds],
-            }
+            one.contender.name: summary(one, reply, seconds)
             for one, reply in zip(servers, replies, strict=True)
         },
     }

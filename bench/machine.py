@@ -20,6 +20,7 @@ from typing import Any, cast
 PACKAGES = ("kserve", "uvicorn", "fastapi", "starlette", "pydantic", "uvloop")
 TRANSPORT = ("httptools", "h11", "hpack", "anyio", "orjson", "numpy")
 GRPC = ("grpcio", "grpclib", "protobuf")
+TORCH = ("torch", "torchvision")
 EXTENSIONS = ("uvloop", "httptools", "orjson")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,7 +34,7 @@ def versions(python: Path) -> dict[str, str]:
         "    except m.PackageNotFoundError: pass\n"
         "print(json.dumps(found))"
     )
-    argv = [str(python), "-c", script, *PACKAGES, *TRANSPORT, *GRPC]
+    argv = [str(python), "-c", script, *PACKAGES, *TRANSPORT, *GRPC, *TORCH]
     return cast("dict[str, str]", json.loads(subprocess.check_output(argv)))
 
 

@@ -50,6 +50,11 @@ def line(label: str, name: str, values: Sequence[float]) -> str:
     return f"{label:7}{name:18}{shown}" + "".join(f"{one:10.2f}" for one in rest)
 
 
+def heads() -> None:
+    columns = "".join(f"{head:>10}" for head in COLUMNS.values())
+    print(f"{'round':7}{'server':18}{columns}")
+
+
 def conclude(result: dict[str, Any]) -> None:
     """Print what the table leaves out: memory, ratios, and what makes them doubtful."""
     for name, server in result["servers"].items():

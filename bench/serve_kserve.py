@@ -97,6 +97,17 @@ HANDLERS = {
 }
 
 
+def serve(model: Any, *, port: int, grpc_port: int | None = None) -> None:
+    server.uvicorn.Config = LoopbackConfig
+    kserve.ModelServer(
+        http_port=port,
+        grpc_port=grpc_port or 0,
+        workers=1,
+        enable_grpc=grpc_port is not None,
+        enable_latency_logging=False,
+    ).start([model])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("handler", choices=HANDLERS)
@@ -111,14 +122,7 @@ def main() -> None:
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
         # KServe asks for a current loop before it runs one; this policy makes none.
         asyncio.set_event_loop(asyncio.new_event_loop())
-    server.uvicorn.Config = LoopbackConfig
-    kserve.ModelServer(
-        http_port=options.port,
-        grpc_port=options.grpc_port or 0,
-        workers=1,
-        enable_grpc=options.grpc_port is not None,
-        enable_latency_logging=False,
-    ).start([HANDLERS[options.handler]()])
+    serve(HANDLERS[options.handler](), port=options.port, grpc_port=options.grpc_port)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from kserve_lite.errors import ModelDefinitionError
 from kserve_lite.messages import InferRequest
@@ -39,6 +39,9 @@ class Stage(enum.StrEnum):
     UNLOAD = "unload"
     READY = "ready"
 
+
+# The value of `max_delay_ms` with which a model learns how long to wait.
+AUTO: Final = "auto"
 
 # What a handler may ask for by name, beside its payload. A request's stages get all of
 # it; the stages of a model's life have no request.
@@ -88,6 +91,47 @@ class TensorParameter(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Batching:
+    """How rows of several requests are put together for one call of a handler.
+
+    max_batch_size: the most rows of a call, and of a request.
+    max_delay_ms: how long the first row may wait for others while the model is free; 0
+        is greedy: what waits goes as soon as the model is free. "auto" learns what a
+        call costs and waits only when that pays.
+    latency_goal_ms: with "auto", what waiting and computing may take together for the
+        first row; None: it waits no longer than the call is expected to take.
+
+    Raises ModelDefinitionError for values that cannot be.
+    """
+
+    max_batch_size: int
+    max_delay_ms: float | Literal["auto"] = 0.0
+    latency_goal_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        size, delay, goal = self.max_batch_size, self.max_delay_ms, self.latency_goal_ms
+        if type(size) is not int or size < 1:
+            raise ModelDefinitionError(
+                f"max_batch_size is a number of rows from 1 up, got {size!r}."
+            )
+        if delay != AUTO and not (_is_number(delay) and 0 <= delay < 1e6):
+            raise ModelDefinitionError(
+                f"max_delay_ms is a number of milliseconds or {AUTO!r}, got {delay!r}."
+            )
+        if goal is not None and (
+            delay != AUTO or not (_is_number(goal) and 0 < goal < 1e6)
+        ):
+            raise ModelDefinitionError(
+                "latency_goal_ms is a number of milliseconds, for "
+                f"max_delay_ms={AUTO!r} only, got {goal!r} with {delay!r}."
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+@dataclass(frozen=True, slots=True)
 class Handler:
     """A user's function and what is known about it.
 
@@ -100,6 +144,7 @@ class Handler:
     takes: the names of all inputs that it takes, and whether each is optional; empty
         where it takes whatever comes.
     unnamed: the name for an input to which a request gives none.
+    batching: how rows of several requests are put together; None: they are not.
     """
 
     stage: Stage
@@ -113,9 +158,12 @@ class Handler:
     inputs: Mapping[str, TensorSpec] = field(default_factory=dict)
     takes: Mapping[str, bool] = field(default_factory=dict)
     unnamed: str = "input-0"
+    batching: Batching | None = None
 
 
-def read_handler(stage: Stage, function: Function) -> Handler:
+def read_handler(
+    stage: Stage, function: Function, batching: Batching | None = None
+) -> Handler:
     """Read a function's signature and annotations.
 
     Raises ModelDefinitionError for a signature that cannot be served.
@@ -157,6 +205,8 @@ def read_handler(stage: Stage, function: Function) -> Handler:
     _check_kinds(name, signature, payload)
     form, tensors = _form(name, payload, hints)
     call = _call(function)
+    if batching is not None:
+        _check_batched(name, form, call, injected)
     takes = _takes(name, tensors)
     return Handler(
         stage=stage,
@@ -170,7 +220,26 @@ def read_handler(stage: Stage, function: Function) -> Handler:
         inputs={t.wire: t.spec for t in tensors if t.spec is not None},
         takes=takes,
         unnamed=_unnamed(takes),
+        batching=batching,
     )
+
+
+def _check_batched(name: str, form: Form, call: Call, injected: list[str]) -> None:
+    if form is not Form.TENSORS:
+        raise ModelDefinitionError(
+            f"The {name} cannot be batched: only rows of arrays can, so annotate its "
+            "parameters np.ndarray or torch.Tensor."
+        )
+    if call is Call.GENERATOR:
+        raise ModelDefinitionError(
+            f"The {name} cannot be batched: it is a generator, and streams are not."
+        )
+    of_one = [name for name in injected if name != "state"]
+    if of_one:
+        raise ModelDefinitionError(
+            f"The {name} asks for {', '.join(of_one)}, which a batch of several "
+            "requests has not: take them in preprocess or postprocess."
+        )
 
 
 def with_inputs(handler: Handler, specs: Sequence[TensorSpec]) -> Handler:

@@ -12,10 +12,12 @@ import enum
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, TypeAlias, TypedDict, TypeVar, Unpack, overload
 
 from kserve_lite.errors import ModelDefinitionError
 from kserve_lite.handlers import (
+    Batching,
+    Call,
     Function,
     Handler,
     Stage,
@@ -80,6 +82,8 @@ class Model:
         those of a prediction. JSON that a handler takes or gives as it is (V1) is not
         checked.
     example: a V1 or V2 request body that works, for the API's description.
+    max_concurrency: how many calls of its request handlers may run at the same time: 1
+        for a model that is not thread-safe. None: as many as come, and of batches one.
     **handlers: functions by stage, the same as decorating them.
 
     Requests run preprocess, predict (or explain), postprocess; only predict is needed.
@@ -101,6 +105,7 @@ class Model:
         inputs: Sequence[TensorSpec] | None = None,
         outputs: Sequence[TensorSpec] | None = None,
         example: dict[str, Any] | None = None,
+        max_concurrency: int | None = None,
         **handlers: Unpack[Handlers],
     ) -> None:
         if not name or "/" in name:
@@ -113,7 +118,8 @@ class Model:
         self.model_dir = DEFAULT_MODEL_DIR
         self.phase = Phase.DEFINED
         self._handlers: dict[Stage, Handler] = {}
-        self.is_checked = False
+        self.is_checked = False  # it has a ready handler
+        self.uses_threads = False  # a handler of requests is a `def`
         self._plans: dict[Stage, Plan] = {}
         whose = f"Model({name!r})"
         self._inputs = _declared(f"The inputs of {whose}", inputs)
@@ -135,6 +141,14 @@ class Model:
                 f"{type(example).__name__}."
             )
         self.example = example
+        if max_concurrency is not None and (
+            not isinstance(max_concurrency, int) or max_concurrency < 1
+        ):
+            raise ModelDefinitionError(
+                f"max_concurrency of {whose} is a whole number from 1 up, got "
+                f"{max_concurrency!r}."
+            )
+        self.max_concurrency = max_concurrency
         self._state: Any = None
         given: dict[str, Any] = dict(handlers)
         for stage_name, function in given.items():
@@ -154,9 +168,41 @@ class Model:
         """Register what turns a request into predict's (and explain's) payload."""
         return self._register(Stage.PREPROCESS, function)
 
-    def predict(self, function: F) -> F:
-        """Register what predicts."""
-        return self._register(Stage.PREDICT, function)
+    @overload
+    def predict(self, function: F) -> F: ...
+
+    @overload
+    def predict(
+        self,
+        *,
+        max_batch_size: int,
+        max_delay_ms: float | Literal["auto"] = 0.0,
+        latency_goal_ms: float | None = None,
+    ) -> Callable[[F], F]: ...
+
+    def predict(
+        self,
+        function: Any = None,
+        *,
+        max_batch_size: int | None = None,
+        max_delay_ms: float | Literal["auto"] = 0.0,
+        latency_goal_ms: float | None = None,
+    ) -> Any:
+        """Register what predicts.
+
+        With `max_batch_size`, rows of several requests are put together for one call,
+        as `Batching` says: for handlers of arrays, each of whose rows has its row in
+        the result.
+        """
+        if function is not None:
+            return self._register(Stage.PREDICT, function)
+        if max_batch_size is None:
+            raise ModelDefinitionError(
+                "@model.predict(...) turns batching on: give it max_batch_size, or "
+                "write @model.predict."
+            )
+        how = Batching(max_batch_size, max_delay_ms, latency_goal_ms)
+        return lambda function: self._register(Stage.PREDICT, function, how)
 
     def postprocess(self, function: F) -> F:
         """Register what turns predict's (or explain's) result into the answer."""
@@ -273,7 +319,9 @@ class Model:
         last = self._handlers[last.stage]
         self._handlers[last.stage] = replace(last, outputs=self._outputs)
 
-    def _register(self, stage: Stage, function: F) -> F:
+    def _register(
+        self, stage: Stage, function: F, batching: Batching | None = None
+    ) -> F:
         if self.phase is not Phase.DEFINED:
             raise ModelDefinitionError(
                 f"Model {self.name!r} is being served, so {stage.value} cannot be "
@@ -284,8 +332,10 @@ class Model:
                 f"Model {self.name!r} has a {stage.value} handler already: a model has "
                 "one of each; remove one, or make a second Model."
             )
-        self._handlers[stage] = read_handler(stage, function)
+        self._handlers[stage] = read_handler(stage, function, batching)
         self.is_checked |= stage is Stage.READY
+        if stage in (Stage.PREPROCESS, Stage.PREDICT, Stage.POSTPROCESS, Stage.EXPLAIN):
+            self.uses_threads |= self._handlers[stage].call is Call.THREAD
         return function
 
     def __repr__(self) -> str:

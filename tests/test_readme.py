@@ -251,6 +251,17 @@ def test_the_declared_model_serves_and_refuses() -> None:
             assert word in answer.json()["error"]
 
 
+def test_the_batched_model_serves() -> None:
+    names: dict[str, Any] = {}
+    exec(snippet("classifier ="), names)
+    with ServerThread(names["classifier"]) as server:
+        ask = f"{server.url}/v1/models/classifier:predict"
+        answer = httpx.post(ask, json={"instances": [[1.0, 2, 3, 4]] * 2})
+        first, second = answer.json()["predictions"]
+        assert len(first) == 3
+        assert first == second
+
+
 def test_generate_as_shown(tmp_path: Path) -> None:
     (tmp_path / "story.py").write_text(snippet("# story.py"))
     (console,) = [block for block in blocks("console") if "story.py" in block]

@@ -8,27 +8,23 @@ the caller as `ModelFailed` with the request id under which it was logged.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
-import os
-import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from time import perf_counter_ns
 from typing import Any
 
 import anyio
 
-from kserve_lite.dispatch.binding import (
-    answer_of,
-    request_arguments,
-    stage_arguments,
-    text_response,
-)
+from kserve_lite.dispatch.admission import too_much
+from kserve_lite.dispatch.binding import answer_of, text_response
+from kserve_lite.dispatch.deadlines import Deadlines
 from kserve_lite.dispatch.offload import Offload
-from kserve_lite.dispatch.running import QUEUE, Running, Statistics, Times
+from kserve_lite.dispatch.running import Running, Statistics, Times
+from kserve_lite.dispatch.settings import DispatchSettings
+from kserve_lite.dispatch.stages import Stages
+from kserve_lite.dispatch.streams import InFlight, items_of, streams
 from kserve_lite.errors import (
     DeadlineExceeded,
     InferenceFault,
@@ -38,49 +34,19 @@ from kserve_lite.errors import (
     ServerNotReady,
     Unsupported,
 )
-from kserve_lite.handlers import Call, Handler, Stage
+from kserve_lite.handlers import Stage
 from kserve_lite.messages import Answer, Context, StreamAnswer
 from kserve_lite.model import Model, Phase, Plan
 from kserve_lite.registry import Registry
 
 log = logging.getLogger("kserve_lite")
-trace = logging.getLogger("kserve_lite.trace")
 
 # Globals, since reading a member off its class costs 0.12 us in Python 3.11.
 _READY, _UNLOADED = Phase.READY, Phase.UNLOADED
-_, _THREAD, _GENERATOR = Call
 
 # A `ready` handler that takes longer is as good as not ready; kubelet's default probe
 # timeout is 1 s.
 READY_TIMEOUT = 5.0
-
-
-def default_workers() -> int:
-    """min(32, CPUs + 4), of the CPUs that this process may use."""
-    return min(32, len(os.sched_getaffinity(0)) + 4) if _has_affinity() else 8
-
-
-def _has_affinity() -> bool:
-    return hasattr(os, "sched_getaffinity")
-
-
-@dataclass(frozen=True, slots=True)
-class DispatchSettings:
-    """How requests are run.
-
-    max_asyncio_workers: threads that plain `def` handlers of all models share; 0 takes
-        min(32, CPUs + 4).
-    enable_latency_logging: log one line a request with the milliseconds of each stage.
-    enable_model_control: let clients on other machines load and unload models.
-    expose_errors: send the text of a handler's exception to the client (development).
-    grace_period: seconds that a stop, or unloading a model, gives to what is in flight.
-    """
-
-    max_asyncio_workers: int = 0
-    enable_latency_logging: bool = False
-    enable_model_control: bool = False
-    expose_errors: bool = False
-    grace_period: float = 30.0
 
 
 class DataPlane:
@@ -90,7 +56,10 @@ class DataPlane:
         self.registry = registry
         self.settings = settings
         self._timed = settings.enable_latency_logging
-        self.offload = Offload(settings.max_asyncio_workers or default_workers())
+        self._max_in_flight = settings.max_in_flight
+        self._max_queue_size = settings.max_queue_size
+        self._deadlines = Deadlines(settings.request_timeout)
+        self.stages = Stages(settings)
         # `def ready` checks have a thread of their own: they must not wait behind
         # predictions.
         self._checks = Offload(1, "kserve-lite-ready")
@@ -146,11 +115,12 @@ class DataPlane:
     @property
     def threads(self) -> int:
         """How many threads are inside handlers; they cannot be stopped."""
-        return self.offload.running + self._checks.running
+        return self.stages.offload.running + self._checks.running
 
     def close(self) -> None:
-        self.offload.close()
+        self.stages.offload.close()
         self._checks.close()
+        self._deadlines.close()
 
     async def ready(self) -> bool:
         """Whether every model is ready; False with no model and while stopping."""
@@ -172,7 +142,9 @@ class DataPlane:
             return True
         try:
             with anyio.fail_after(READY_TIMEOUT):
-                return bool(await self.call(check, running, offload=self._checks))
+                return bool(
+                    await self.stages.call(check, running, offload=self._checks)
+                )
         except Exception:  # user code: whatever it raises means "not ready"
             log.exception("the ready handler of model %s failed", model.name)
             return False
@@ -198,16 +170,30 @@ class DataPlane:
         return model
 
     def find(self, name: str, version: str | None = None) -> Model:
-        """Return a loaded model; raise ModelNotFound or ModelNotReady.
+        """Return a loaded model that a request may be brought to.
 
-        A model that `is_checked` has then to pass `check()`.
+        Raises ModelNotFound, ModelNotReady, and Overloaded where too much is in flight
+        or waits: here, before its body is decoded, refusing a request is cheap. A model
+        that `is_checked` has then to pass `check()`.
         """
         model = self.registry.get(name, version)
         if model.phase is not _READY:
             if model.phase is _UNLOADED:
                 raise ModelNotFound(name, version)
             raise ModelNotReady(name)
+        running = self.running[model]
+        if running.in_flight >= self._max_in_flight or running.queues:
+            self._admit(model, running)
         return model
+
+    def _admit(self, model: Model, running: Running) -> None:
+        """Raise Overloaded where a model has too much to do."""
+        if running.in_flight >= self._max_in_flight:
+            raise too_much("too many requests are in flight")
+        if model.uses_threads and self.stages.offload.waiting >= self._max_queue_size:
+            raise too_much("too many requests wait for a thread")
+        if running.waiting >= self._max_queue_size:
+            raise too_much("too many requests wait for their turn")
 
     async def check(self, model: Model) -> None:
         """Raise ModelNotReady unless the model is ready, its own handler included."""
@@ -229,31 +215,32 @@ class DataPlane:
         running.in_flight += 1
         running.statistics.last = started = perf_counter_ns()
         times: Times | None = None
+        task: asyncio.Task[Any] | None = None
         try:
             entry = plan[0]
-            if (
-                entry.is_plain
-                and len(plan) == 1
-                and context.deadline is None
-                and not self._timed
-            ):
+            task = self._deadlines.begin(context)
+            if entry.is_plain and len(plan) == 1 and not running.is_staged:
                 # The shortest way, for the most frequent model.
                 value = await entry.function(payload)
             else:
                 times = {}
-                value = await self._run_in_time(plan, payload, running, context, times)
-            if context.protocol != "v2" and _streams(type(value)):  # type: ignore[arg-type]
-                items = self._stream(value, running)
+                value = await self.stages.run(plan, payload, running, context, times)
+            self._deadlines.end(task)
+            if context.protocol != "v2" and streams(type(value)):  # type: ignore[arg-type]
+                items = items_of(value, running, self.stages.offload)
                 if context.protocol != "v1":
                     items = self._answers(items, model, plan, context, payload)
-                return StreamAnswer(_InFlight(items, running, started, times))
+                within = partial(self._deadlines.within, context)
+                return StreamAnswer(InFlight(items, within, running, started, times))
             answer = answer_of(value, model, plan, context, payload)
         except BaseException as error:
-            _failed(running, started)
+            running.failed(started)
+            if self._deadlines.end(task) and isinstance(error, asyncio.CancelledError):
+                raise DeadlineExceeded from None
             if isinstance(error, InferenceFault):
                 raise
             raise self._fault(model, context, error) from error
-        _succeeded(running, started, times)
+        running.succeeded(started, times)
         return answer
 
     def _fault(
@@ -275,43 +262,6 @@ class DataPlane:
             return Unsupported(str(error) or "Not implemented.")
         return self.model_failed(model, context, error)
 
-    async def _run_in_time(
-        self,
-        plan: Plan,
-        payload: Any,
-        running: Running,
-        context: Context,
-        times: Times,
-    ) -> Any:
-        if context.deadline is None:
-            return await self._run_stages(plan, payload, running, context, times)
-        with anyio.move_on_after(context.remaining()):
-            return await self._run_stages(plan, payload, running, context, times)
-        raise DeadlineExceeded
-
-    async def _run_stages(
-        self,
-        plan: Plan,
-        payload: Any,
-        running: Running,
-        context: Context,
-        times: Times,
-    ) -> Any:
-        value = payload
-        for handler in plan:
-            waited = times.get(QUEUE, 0)
-            started = perf_counter_ns()
-            bind = request_arguments if handler is plan[0] else stage_arguments
-            arguments = bind(handler, value)
-            value = self.call(handler, running, arguments, context, times)
-            if handler.call is not _GENERATOR:
-                value = await value
-            waited = times.get(QUEUE, 0) - waited
-            times[handler.stage] = perf_counter_ns() - started - waited
-        if self._timed:
-            _log_latency(context, times)
-        return value
-
     def model_failed(
         self, model: Model, context: Context, error: BaseException
     ) -> ModelFailed:
@@ -326,52 +276,6 @@ class DataPlane:
         if self.settings.expose_errors:
             exposed = f"{type(error).__name__}: {error}."
         return ModelFailed(context.request_id, exposed)
-
-    def call(
-        self,
-        handler: Handler,
-        running: Running | None,
-        arguments: tuple[Any, ...] | dict[str, Any] = (),
-        context: Context | None = None,
-        times: Times | None = None,
-        *,
-        offload: Offload | None = None,
-    ) -> Any:
-        """Call a handler: a generator as it is, else an awaitable of its result.
-
-        running: the load whose state it gets; None while the model is being loaded.
-        """
-        named: dict[str, Any] = {}
-        for name in handler.injected:
-            if name == "state":
-                named[name] = None if running is None else running.state
-            elif name == "context":
-                named[name] = context
-            else:
-                named[name] = getattr(context, name)
-        if isinstance(arguments, dict):
-            named |= arguments
-            arguments = ()
-        if handler.call is not _THREAD:
-            return handler.function(*arguments, **named)
-        function = partial(handler.function, *arguments, **named)
-        return self._in_thread(offload or self.offload, function, running, times)
-
-    async def _in_thread(
-        self,
-        offload: Offload,
-        function: Callable[[], Any],
-        running: Running | None,
-        times: Times | None = None,
-    ) -> Any:
-        job = offload.submit(function, times)
-        try:
-            result = await asyncio.wrap_future(job)
-        except asyncio.CancelledError:
-            if running is not None and not job.cancelled():
-                running.hold(job)
-            raise
-        return await result if inspect.isawaitable(result) else result
 
     async def _answers(
         self,
@@ -392,149 +296,3 @@ class DataPlane:
             raise
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             raise self._fault(model, context, error) from error
-
-    async def _stream(
-        self, items: AsyncIterator[Any] | Iterator[Any], running: Running
-    ) -> AsyncGenerator[Any, None]:
-        """The items of any iterator; a plain one is advanced in a thread."""
-        if isinstance(items, AsyncIterator):
-            try:
-                async for item in items:
-                    yield item
-            finally:
-                if isinstance(items, AsyncGenerator):
-                    await items.aclose()
-            return
-        stream = _ThreadStream(items)
-        offload = self.offload
-        try:
-            while True:
-                item = await self._in_thread(offload, stream.advance, running)
-                if item is stream:
-                    break
-                yield item
-        finally:
-            if stream.leave():
-                self.offload.start(stream.close)
-
-
-class _InFlight(AsyncGenerator[Any, None]):
-    """The items of a stream that is in flight until it ends or is closed.
-
-    No generator function, whose end is not told if it was never begun.
-    """
-
-    def __init__(
-        self,
-        items: AsyncGenerator[Any, None],
-        running: Running,
-        started: int,
-        times: Times | None,
-    ) -> None:
-        self._items = items
-        self._running: Running | None = running
-        self._started = started
-        self._times = times
-
-    async def asend(self, value: Any) -> Any:
-        try:
-            return await self._items.asend(value)
-        except BaseException as error:
-            self._end(complete=isinstance(error, StopAsyncIteration))
-            raise
-
-    async def athrow(self, *error: Any) -> Any:
-        return await self._items.athrow(*error)
-
-    async def aclose(self) -> None:
-        try:
-            await self._items.aclose()
-        finally:
-            self._end(complete=False)
-
-    def _end(self, *, complete: bool) -> None:
-        running, self._running = self._running, None
-        if running is None:
-            return
-        if complete:
-            _succeeded(running, self._started, self._times)
-        else:
-            _failed(running, self._started)
-
-
-def _succeeded(running: Running, started: int, times: Times | None) -> None:
-    statistics = running.statistics
-    statistics.successes += 1
-    statistics.succeeded_ns += perf_counter_ns() - started
-    if times is not None:
-        statistics.add_times(times)
-    running.end()
-
-
-def _failed(running: Running, started: int) -> None:
-    running.statistics.failures += 1
-    running.statistics.failed_ns += perf_counter_ns() - started
-    running.end()
-
-
-@lru_cache(maxsize=256)  # a hasattr() that fails costs 0.5 us
-def _streams(kind: type) -> bool:
-    """Whether results of a type are iterators of either kind."""
-    return hasattr(kind, "__anext__") or hasattr(kind, "__next__")
-
-
-class _ThreadStream:
-    """A plain iterator that threads advance and that may be left at any time.
-
-    A client may go away while a thread is inside an item, where the iterator cannot be
-    closed: then that thread closes it when the item is done.
-    """
-
-    def __init__(self, items: Iterator[Any]) -> None:
-        self._items = items
-        self._lock = threading.Lock()
-        self._left = False
-        self._ended = False
-
-    def advance(self) -> Any:
-        """The next item; the stream itself when there is none."""
-        with self._lock:
-            try:
-                item = next(self._items, self)
-            except BaseException:
-                self._ended = True
-                raise
-        self._ended = item is self
-        if self._left:
-            self.close()
-        return item
-
-    def leave(self) -> bool:
-        """Ask for no more items; return whether `close()` is still wanted."""
-        self._left = True
-        return not self._ended and hasattr(self._items, "close")
-
-    def close(self) -> None:
-        """Let a generator clean up, unless a thread is inside, which will."""
-        if self._lock.acquire(blocking=False):
-            try:
-                self._items.close()  # type: ignore[attr-defined]
-            except Exception:  # user code: nobody waits for it any more
-                log.exception("a generator failed while it was closed")
-            finally:
-                self._lock.release()
-
-
-def _log_latency(context: Context, times: Times) -> None:
-    """One line, in the format of KServe's SDK."""
-    fields = ", ".join(
-        f"{stage.value}_ms: {round(times.get(stage, 0) / 1e6, 6)}"
-        for stage in (
-            Stage.PREPROCESS,
-            Stage.EXPLAIN,
-            Stage.PREDICT,
-            Stage.POSTPROCESS,
-        )
-    )
-    given = context.headers.get("x-request-id")
-    trace.info("requestId: %s, %s", context.request_id if given else "N.A.", fields)

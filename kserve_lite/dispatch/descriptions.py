@@ -12,7 +12,7 @@ from typing import Any
 
 from kserve_lite.dispatch.dataplane import DataPlane
 from kserve_lite.dispatch.running import Statistics
-from kserve_lite.handlers import Call, Stage
+from kserve_lite.handlers import AUTO, Call, Stage
 from kserve_lite.model import Model
 from kserve_lite.tensors import TensorSpec
 from kserve_lite.version import __version__
@@ -91,28 +91,35 @@ def model_config(model: Model) -> dict[str, Any]:
     """
     plan = model.plan(Stage.PREDICT)
     tensors = (*model.inputs, *model.outputs)
-    batches = bool(model.inputs and model.outputs) and all(
+    has_rows = bool(model.inputs and model.outputs) and all(
         len(spec.shape) > 1 and spec.shape[0] == -1 for spec in tensors
     )
-    return {
+    batching = next((h.batching for h in plan if h.batching is not None), None)
+    most = ANY_NUMBER if batching is None else batching.max_batch_size
+    config = {
         "name": model.name,
         "platform": "",
         "backend": "python",
-        "max_batch_size": ANY_NUMBER if batches else 0,
+        "max_batch_size": most if has_rows else 0,
         "input": [
-            {**_configured(spec, batches), "optional": spec.optional}
+            {**_configured(spec, has_rows), "optional": spec.optional}
             for spec in model.inputs
         ],
-        "output": [_configured(spec, batches) for spec in model.outputs],
+        "output": [_configured(spec, has_rows) for spec in model.outputs],
         # Whether a request may get several answers.
         "model_transaction_policy": {"decoupled": plan[-1].call is Call.GENERATOR},
     }
+    if batching is not None:
+        delay = batching.max_delay_ms
+        known = 0 if delay == AUTO else int(float(delay) * 1000)
+        config["dynamic_batching"] = {"max_queue_delay_microseconds": known}
+    return config
 
 
-def _configured(spec: TensorSpec, batches: bool) -> dict[str, Any]:
+def _configured(spec: TensorSpec, has_rows: bool) -> dict[str, Any]:
     word = "STRING" if spec.datatype == "BYTES" else spec.datatype
     return {
         "name": spec.name,
         "data_type": f"TYPE_{word}",
-        "dims": list(spec.shape[1:] if batches else spec.shape),
+        "dims": list(spec.shape[1:] if has_rows else spec.shape),
     }

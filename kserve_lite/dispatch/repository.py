@@ -72,14 +72,14 @@ class Repository:
         handler = model.handler(Stage.LOAD)
         started = time.perf_counter()
         try:
-            state = await dataplane.call(handler, None) if handler else None
+            state = await dataplane.stages.call(handler, None) if handler else None
         except BaseException:
             if model.phase is Phase.LOADING:
                 model.enter(Phase.FAILED)
             raise
         before = dataplane.running.get(model)
         statistics = dataplane.statistics.setdefault(model, Statistics())
-        dataplane.running[model] = Running(state, statistics)
+        dataplane.running[model] = dataplane.stages.running_of(model, state, statistics)
         model.enter(Phase.READY, state)
         dataplane.changed()
         log.info("loaded %s in %.2f s", model.name, time.perf_counter() - started)
@@ -115,10 +115,12 @@ class Repository:
                     running.in_flight,
                     dataplane.settings.grace_period,
                 )
+        if running.batcher is not None:
+            running.batcher.close()
         handler = model.handler(Stage.UNLOAD)
         try:
             if handler is not None:
-                await dataplane.call(handler, running)
+                await dataplane.stages.call(handler, running)
         except Exception:  # user code: the other models must still be unloaded
             log.exception("the unload handler of model %s failed", model.name)
 

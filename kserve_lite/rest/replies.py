@@ -74,4 +74,6 @@ def fault_reply(fault: InferenceFault) -> Reply:
     headers: RawHeaders = ()
     if isinstance(fault, ModelFailed):
         headers = ((b"x-request-id", fault.request_id.encode("ascii")),)
+    elif fault.kind is Kind.OVERLOADED:
+        headers = ((b"retry-after", b"1"),)
     return json_reply(error_body(fault), STATUS[fault.kind], headers)

@@ -102,6 +102,12 @@ _ASKED_OF_A_MODEL: dict[str, Schema] = {
         max_batch_size=_COUNT,
         input=_list(reference("TensorConfig")),
         output=_list(reference("TensorConfig")),
+        dynamic_batching=_said(
+            "Rows of several requests are put together.",
+            _object(
+                "max_queue_delay_microseconds", max_queue_delay_microseconds=_COUNT
+            ),
+        ),
         model_transaction_policy=_object(
             "decoupled",
             decoupled=_said("Whether a request may have several answers.", _FLAG),

@@ -67,10 +67,17 @@ def fail(error: KServeLiteError) -> None:
     sys.exit(1)
 
 
+# Seconds after which a thread that keeps the interpreter gives it up to one that waits,
+# Python's own being 0.005: with six handlers that compute in Python the event loop is
+# one of seven that wait for it, several times a request.
+SWITCH_INTERVAL = 0.0001
+
+
 def serve_process(models: tuple[Model, ...], settings: Settings) -> None:
     """Serve in this process until a signal; or raise KServeLiteError."""
     configure_logging(settings.server.log_level)
     _keep_freed_memory()
+    sys.setswitchinterval(SWITCH_INTERVAL)
     server = Server(models, settings)
     try:
         anyio.run(

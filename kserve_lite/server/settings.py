@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from kserve_lite.dispatch.dataplane import DispatchSettings
+from kserve_lite.dispatch.settings import DispatchSettings
 from kserve_lite.errors import SettingsError
 from kserve_lite.transports.timeouts import ConnectionLimits
 from kserve_lite.version import __version__

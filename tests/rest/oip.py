@@ -130,6 +130,7 @@ MODEL_CONFIG: Document = {
         "max_batch_size": COUNT,
         "input": _list(_closed({"optional": TRUE_OR_FALSE}, **CONFIGURED)),
         "output": _list(_closed(**CONFIGURED)),
+        "dynamic_batching": _closed(max_queue_delay_microseconds=COUNT),
         "model_transaction_policy": _closed(decoupled=TRUE_OR_FALSE),
     },
     "required": ["name", "max_batch_size", "input", "output"],

@@ -12,8 +12,9 @@ import anyio
 import numpy as np
 
 from kserve_lite.codecs.proto import message_class
-from kserve_lite.dispatch.dataplane import DataPlane, DispatchSettings
+from kserve_lite.dispatch.dataplane import DataPlane
 from kserve_lite.dispatch.repository import Repository
+from kserve_lite.dispatch.settings import DispatchSettings
 from kserve_lite.model import Model
 from kserve_lite.registry import Registry
 from kserve_lite.rpc.app import Rpc

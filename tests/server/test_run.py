@@ -313,7 +313,7 @@ def test_log_level_of_the_environment_and_of_the_flag(folder: Path) -> None:
 
 LATENCY = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} \d+ kserve_lite\.trace INFO "
-    r"\[dataplane\.py:_log_latency\(\):\d+\] requestId: (\S+), "
+    r"\[stages\.py:_log_latency\(\):\d+\] requestId: (\S+), "
     r"preprocess_ms: [\d.e-]+, explain_ms: [\d.e-]+, predict_ms: [\d.e-]+, "
     r"postprocess_ms: [\d.e-]+"
 )

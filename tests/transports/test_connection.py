@@ -600,7 +600,7 @@ async def test_a_plain_handler_does_not_hold_up_the_server() -> None:
     async with serving(block) as server, Client(server.port) as client:
         try:
             await client.send(predict(1))
-            await until(lambda: server.dataplane.offload.running)
+            await until(lambda: server.dataplane.stages.offload.running)
             for _ in range(3):
                 await still_serves(server)
         finally:

@@ -578,7 +578,7 @@ async def test_a_plain_handler_does_not_hold_up_its_siblings() -> None:
     async with serving(block) as server, H2Client(server.port) as client:
         try:
             blocked = await client.predict(1)
-            await until(lambda: server.dataplane.offload.running)
+            await until(lambda: server.dataplane.stages.offload.running)
             for _ in range(3):
                 assert await client.live() == 200
         finally:
