@@ -34,7 +34,16 @@ GOODPUT_TARGET = 0.95  # of the peak of the same round
 REFUSED_TARGET = 10.0  # ms, median
 SETTLING = 1.0  # seconds at the start of a step that do not count: queues fill
 CLOSED = 32  # in flight at the peak: a full batch runs, another one waits
-COLUMNS = ("offered", "good/s", "p50 ms", "p99 ms", "refused", "ref p50", "ref p99")
+COLUMNS = (
+    "offered",
+    "200/s",
+    "good/s",
+    "p50 ms",
+    "p99 ms",
+    "refused",
+    "ref p50",
+    "ref p99",
+)
 MORE_COLUMNS = ("late p99", "srv CPU", "cli CPU", "others")
 
 
@@ -42,12 +51,14 @@ MORE_COLUMNS = ("late p99", "srv CPU", "cli CPU", "others")
 class Step:
     """What came of one load. All latencies are from when a request was due.
 
-    `good_rate` counts answers 200 a second that came in time, and `offered` requests a
-    second, both without the first second. `late` is the client's own lateness.
+    `ok_rate` counts answers 200 a second, `good_rate` those of them that came in time,
+    and `offered` requests a second, all without the first second. `late` is how late
+    the client itself sent.
     """
 
     load: str
     offered: float
+    ok_rate: float
     good_rate: float
     p50_ms: float
     p99_ms: float
@@ -62,7 +73,7 @@ class Step:
     other_cpu: float
 
     def line(self, number: int) -> str:
-        values = (self.offered, self.good_rate, self.p50_ms, self.p99_ms)
+        values = (self.offered, self.ok_rate, self.good_rate, self.p50_ms, self.p99_ms)
         refused = (self.refused_p50_ms or 0.0, self.refused_p99_ms or 0.0)
         cpu = (self.server_cpu, self.client_cpu, self.other_cpu)
         text = "".join(f"{value:10.1f}" for value in values) + f"{self.refused:10}"
@@ -84,13 +95,13 @@ def step(
     wall, own, client, busy = (b - a for a, b in zip(before, after, strict=True))
     due = [one for one in seen.samples if one.due >= SETTLING]
     ended = [one for one in seen.samples if SETTLING <= one.end < seconds]
-    good = [
-        one for one in ended if one.status == 200 and one.latency_ms <= options.goal_ms
-    ]
+    right = [one for one in ended if one.status == 200]
+    good = [one for one in right if one.latency_ms <= options.goal_ms]
     answered, refused = seen.latencies(200), seen.latencies(503)
     return Step(
         load=load,
         offered=len(due) / options.seconds,
+        ok_rate=len(right) / options.seconds,
         good_rate=len(good) / options.seconds,
         p50_ms=percentile(answered, 50),
         p99_ms=percentile(answered, 99),
@@ -107,30 +118,28 @@ def step(
 
 
 def run_round(
-    server: Server, request: Path, number: int, options: Any
+    server: Server, patient: Path, hasty: Path, number: int, options: Any
 ) -> tuple[Step, list[Step]]:
-    """The peak, and a step for each multiple of it."""
+    """The peak, by requests without a deadline, and a step for each multiple of it."""
     peak = step(
-        server, request, "peak", how=["--connections", str(CLOSED)], options=options
+        server, patient, "peak", how=["--connections", str(CLOSED)], options=options
     )
     print(peak.line(number), flush=True)
-    if peak.refused:
-        raise SystemExit("the peak had refusals: --max_queue_size is too small for it")
-    if not peak.good_rate:
-        raise SystemExit("no answer of the peak came in time: see --goal_ms")
+    if peak.refused or not peak.ok_rate:
+        raise SystemExit(f"no peak: {peak.statuses}; is --max_queue_size too small?")
     steps = []
     for times in options.times:
-        how = ["--rate", str(times * peak.good_rate), "--poisson"]
+        how = ["--rate", str(times * peak.ok_rate), "--poisson"]
         how += ["--seed", str(number), "--connections", "64"]
-        steps.append(step(server, request, f"{times:g}x", how=how, options=options))
+        steps.append(step(server, hasty, f"{times:g}x", how=how, options=options))
         print(steps[-1].line(number), flush=True)
         strange = {
             status: count
             for status, count in steps[-1].statuses.items()
-            if status not in ("200", "503")
+            if status not in ("200", "503", "504")
         }
         if strange:
-            print(f"  WARNING: answers that were neither 200 nor 503: {strange}")
+            print(f"  WARNING: answers that were not 200, 503 or 504: {strange}")
     return peak, steps
 
 
@@ -140,7 +149,7 @@ def conclude(
     """Print and return, for each multiple of the peak, what was reached."""
     found = []
     for at, times in enumerate(options.times):
-        each = [steps[at].good_rate / peak.good_rate for peak, steps in rounds]
+        each = [steps[at].good_rate / peak.ok_rate for peak, steps in rounds]
         medians = [steps[at].refused_p50_ms for _, steps in rounds]
         known = [one for one in medians if one is not None]
         goodput = statistics.median(each)
@@ -175,8 +184,8 @@ def main() -> None:
     parser.add_argument(
         "--times", type=float, nargs="+", default=[2.0], help=help_times
     )
-    help_goal = "an answer that takes longer is not counted as good"
-    parser.add_argument("--goal_ms", type=float, default=1000.0, help=help_goal)
+    help_goal = "each request's deadline; an answer that takes longer is not good"
+    parser.add_argument("--goal_ms", type=int, default=1000, help=help_goal)
     help_queue = "of the server (default: 32, two full batches)"
     parser.add_argument("--max_queue_size", type=int, default=32, help=help_queue)
     help_wait = "seconds to wait at most for a quiet machine before each round"
@@ -204,14 +213,18 @@ def main() -> None:
     print(f"{'round':7}{'load':8}{heads}")
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        request = scratch / "request"
-        request.write_bytes(request_bytes("POST", CASE.path, CASE.headers, body))
+        # The deadline makes the server refuse sooner; the peak is to have no refusal.
+        patient, hasty = scratch / "patient", scratch / "hasty"
+        patient.write_bytes(request_bytes("POST", CASE.path, CASE.headers, body))
+        deadline = ("x-request-timeout-ms", str(options.goal_ms))
+        headers = (*CASE.headers, deadline)
+        hasty.write_bytes(request_bytes("POST", CASE.path, headers, body))
         with started(contender, CASE, scratch) as server:
-            warm_up(server, request, options)
+            warm_up(server, patient, options)
             rounds = []
             for number in range(1, options.rounds + 1):
                 machine.wait_until_quiet(options.wait, report.QUIET)
-                rounds.append(run_round(server, request, number, options))
+                rounds.append(run_round(server, patient, hasty, number, options))
             peak_kib = machine.memory(server.process.pid, "VmHWM")
     result = known | {
         "case": "overload",

@@ -165,6 +165,8 @@ def main() -> None:
         print(f"{way}: p99 {p99:.2f} ms at most; bar {BAR:g} ms: {met}")
     if failed:
         print("WARNING: some probes failed")
+    if any(one.other_cpu > report.QUIET for seen in rounds.values() for one in seen):
+        print("WARNING: other programs ran on this machine: measure again")
     result = known | {
         "case": "probes",
         "what": f"GET {case.path}, {RATE} a second, all {THREADS} threads busy",

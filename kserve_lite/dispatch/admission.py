@@ -7,13 +7,10 @@ and statistics go by no door.
 from __future__ import annotations
 
 import asyncio
-from contextlib import AbstractAsyncContextManager, nullcontext
 from types import TracebackType
 
+from kserve_lite.dispatch.offload import Held
 from kserve_lite.errors import Overloaded
-
-# The gate of models that any number may use at a time.
-NO_GATE: AbstractAsyncContextManager[None] = nullcontext()
 
 
 def too_much(what: str) -> Overloaded:
@@ -33,7 +30,7 @@ class Gate:
         self._max_queue_size = max_queue_size
         self.waiting = 0
 
-    async def __aenter__(self) -> None:
+    async def enter(self) -> None:
         if not self._semaphore.locked():
             await self._semaphore.acquire()
             return
@@ -45,10 +42,46 @@ class Gate:
         finally:
             self.waiting -= 1
 
+    def leave(self) -> None:
+        self._semaphore.release()
+
+
+class Turn:
+    """One call's place behind a gate, from entry to exit.
+
+    It is also what the call is `held` by: where its caller is cancelled and its thread
+    goes on, the place is taken until that has ended.
+    """
+
+    __slots__ = ("_gate", "_held", "_kept")
+
+    def __init__(self, gate: Gate | None, held: Held) -> None:
+        self._gate = gate
+        self._held = held
+        self._kept = False
+
+    async def __aenter__(self) -> Turn:
+        if self._gate is not None:
+            await self._gate.enter()
+        return self
+
     async def __aexit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._semaphore.release()
+        if not self._kept:
+            self._leave()
+
+    def begin(self) -> None:
+        self._kept = True
+        self._held.begin()
+
+    def end(self) -> None:
+        self._leave()
+        self._held.end()
+
+    def _leave(self) -> None:
+        if self._gate is not None:
+            self._gate.leave()

@@ -55,7 +55,6 @@ class DataPlane:
     def __init__(self, registry: Registry, settings: DispatchSettings) -> None:
         self.registry = registry
         self.settings = settings
-        self._timed = settings.enable_latency_logging
         self._max_in_flight = settings.max_in_flight
         self._max_queue_size = settings.max_queue_size
         self._deadlines = Deadlines(settings.request_timeout)

@@ -10,16 +10,15 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine
 from functools import partial
 from time import perf_counter_ns
 from typing import Any
 
-from kserve_lite.dispatch.admission import NO_GATE, Gate
+from kserve_lite.dispatch.admission import Gate, Turn
 from kserve_lite.dispatch.batching import Batcher
 from kserve_lite.dispatch.binding import request_arguments, stage_arguments
-from kserve_lite.dispatch.offload import Offload
+from kserve_lite.dispatch.offload import Held, Offload
 from kserve_lite.dispatch.running import QUEUE, Running, Statistics, Times
 from kserve_lite.dispatch.settings import DispatchSettings, default_workers
 from kserve_lite.handlers import Call, Handler, Stage
@@ -80,21 +79,28 @@ class Stages:
             elif running.gate is None or handler.call is _GENERATOR:
                 value = await self.call(handler, running, arguments, context, times)
             else:
-                async with self._turn(running.gate, times):
-                    value = await self.call(handler, running, arguments, context, times)
+                value = await self._in_turn(handler, running, arguments, context, times)
             waited = times.get(QUEUE, 0) - waited
             times[handler.stage] = perf_counter_ns() - started - waited
         if self._timed:
             _log_latency(context, times)
         return value
 
-    @asynccontextmanager
-    async def _turn(self, gate: Gate, times: Times) -> AsyncGenerator[None]:
-        """In which one of a model's `max_concurrency` calls may run."""
+    async def _in_turn(
+        self,
+        handler: Handler,
+        running: Running,
+        arguments: tuple[Any, ...] | dict[str, Any],
+        context: Context,
+        times: Times,
+    ) -> Any:
+        """Call a handler as one of a model's `max_concurrency` calls."""
         asked = perf_counter_ns()
-        async with gate:
+        async with Turn(running.gate, running) as turn:
             times[QUEUE] = times.get(QUEUE, 0) + perf_counter_ns() - asked
-            yield
+            return await self.call(
+                handler, running, arguments, context, times, held=turn
+            )
 
     async def _batched(
         self,
@@ -121,7 +127,7 @@ class Stages:
         arguments = tuple(arrays.values()) if lone else arrays
         running.begin()
         try:
-            async with running.gate or NO_GATE:
+            async with Turn(running.gate, running):
                 started = perf_counter_ns()
                 work = self.call(handler, running, arguments)
                 result = await (_to_its_end(work) if handler.call is _THREAD else work)
@@ -139,11 +145,14 @@ class Stages:
         context: Context | None = None,
         times: Times | None = None,
         *,
+        held: Held | None = None,
         offload: Offload | None = None,
     ) -> Any:
         """Call a handler and return its result; of a generator, itself.
 
         running: the load whose state it gets; None while the model is being loaded.
+        held: what a thread is counted by that goes on after its caller; the load, where
+            it is nothing else.
         """
         named: dict[str, Any] = {}
         for name in handler.injected:
@@ -161,7 +170,7 @@ class Stages:
         if handler.call is not _THREAD:
             return await handler.function(*arguments, **named)
         function = partial(handler.function, *arguments, **named)
-        result = await (offload or self.offload).run(function, times, running)
+        result = await (offload or self.offload).run(function, times, held or running)
         return await result if inspect.isawaitable(result) else result
 
 

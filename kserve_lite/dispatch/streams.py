@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
 
-from kserve_lite.dispatch.admission import NO_GATE
+from kserve_lite.dispatch.admission import Turn
 from kserve_lite.dispatch.offload import Offload
 from kserve_lite.dispatch.running import Running, Times
 
@@ -30,7 +30,7 @@ async def items_of(
     stream: AsyncIterator[Any] | Iterator[Any], running: Running, offload: Offload
 ) -> AsyncGenerator[Any, None]:
     """The items of any iterator; a plain one is advanced in a thread."""
-    async with running.gate or NO_GATE:
+    async with Turn(running.gate, running) as turn:
         if isinstance(stream, AsyncIterator):
             try:
                 async for item in stream:
@@ -41,9 +41,7 @@ async def items_of(
             return
         plain = ThreadStream(stream)
         try:
-            while (
-                item := await offload.run(plain.advance, None, running)
-            ) is not plain:
+            while (item := await offload.run(plain.advance, None, turn)) is not plain:
                 yield item
         finally:
             if plain.leave():

@@ -134,6 +134,10 @@ class Http1Connection:
         if state is _HEAD:
             head = self._last_head
             if head is not None and not self.kept:
+                if len(data) > FAST_HEAD_SIZE:
+                    known = len(self._last_bytes)
+                    if bytes(data[:known]) == self._last_bytes:
+                        return self._accept(head, memoryview(data)[known:])
                 raw = bytes(data)
                 if raw.startswith(self._last_bytes):
                     body = raw[len(self._last_bytes) :]
@@ -319,7 +323,7 @@ class Http1Connection:
             431, f"The request's head is larger than {limit} bytes (max_head_size)."
         )
 
-    def _accept(self, head: _Head, rest: bytes) -> list[Event]:
+    def _accept(self, head: _Head, rest: Buffer) -> list[Event]:
         """A complete head without transfer coding: what follows has a known length.
 
         rest: what came behind the head; where the buffer holds more, no more than the
@@ -336,9 +340,10 @@ class Http1Connection:
             if came > length:
                 self.kept += memoryview(rest)[length:]
                 rest = rest[:length]
-            return [_new_request(Request, (*request[:4], rest))]
+            return [_new_request(Request, (*request[:4], bytes(rest)))]
         self._body = bytearray(min(length, max(FIRST_BODY_BUFFER, came)))
-        self._body[:came] = rest
+        # Through a view: a bytearray's slice would make a copy of the rest first.
+        memoryview(self._body)[:came] = rest
         self._body_filled = came
         self._body_length = length
         self._state = _BODY

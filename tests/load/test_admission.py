@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import anyio
@@ -12,7 +14,15 @@ import pytest
 
 from kserve_lite import Model, ModelDefinitionError
 from tests.load.asking import BUSY, LATE, OK, Asker, asking, every_protocol
-from tests.transports.client import PATIENCE, Client, get, model_of, serving, until
+from tests.transports.client import (
+    PATIENCE,
+    Client,
+    get,
+    model_of,
+    post,
+    serving,
+    until,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -196,6 +206,37 @@ async def test_max_concurrency_holds_for_every_stage_and_streams() -> None:
             for _ in range(6):
                 tasks.start_soon(ask)
     assert most == 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "stream"])
+async def test_a_thread_keeps_its_turn_when_its_client_has_gone(kind: str) -> None:
+    """`max_concurrency=1` is for models that two threads must not be inside of."""
+    slow = Slow("plain", max_concurrency=1)
+
+    def stream(x: np.ndarray) -> Iterator[str]:
+        slow.plain(x)
+        yield "x"
+
+    model = slow.model
+    if kind == "stream":
+        model = Model("m", max_concurrency=1, predict=stream)
+    async with (
+        serving(model) as server,
+        asking("v1", server) as asker,
+        anyio.create_task_group() as tasks,
+    ):
+        running = server.dataplane.running[model]
+        async with Client(server.port) as leaves:
+            await leaves.send(post(b'{"instances":[1]}'))
+            await until(lambda: slow.entered == 1)
+        await until(lambda: running.statistics.failures)
+        path, body = "/v1/models/m:predict", b'{"instances":[2]}'
+        tasks.start_soon(partial(asker.client.fetch, "POST", path, body=body))
+        await until(lambda: running.waiting == 1)
+        assert slow.entered == 1
+        slow.go_on()
+    assert (slow.entered, slow.most) == (2, 1)
+    assert running.in_flight == 0
 
 
 async def test_a_client_that_leaves_the_queue_makes_room() -> None:

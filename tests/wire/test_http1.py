@@ -1051,3 +1051,30 @@ def test_headers_are_read_only(change: Callable[[Headers], object]) -> None:
     with pytest.raises(TypeError, match="read-only"):
         change(headers)
     assert dict(headers) == {"x": "1"}
+
+
+@pytest.mark.parametrize("size", [20_000, 300_000, 2_000_000])
+@pytest.mark.parametrize("after", [b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"])
+def test_a_known_head_with_much_of_its_body(size: int, after: bytes) -> None:
+    """What came with a head that is known is not copied by way of a head's buffer."""
+    body = bytes(range(256)) * (size // 256)
+    head = b"POST /m HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    wire = Http1Connection(WireLimits(max_body_size=size))
+    for _ in range(3):
+        scratch = bytearray(head + body + after)
+        events = wire.receive(memoryview(scratch))
+        scratch[:] = bytes(len(scratch))  # the next read overwrites it
+        request = events[0]
+        assert isinstance(request, Request)
+        assert (request.method, request.target) == ("POST", "/m")
+        came = request.body
+        if came is None:
+            assert isinstance(events[1], Data)
+            came = events[1].data
+        assert bytes(came) == body
+        wire.send(Response(1, 204, ()))
+        events = wire.next_cycle()
+        if after:
+            assert [type(event) for event in events] == [Request]
+            wire.send(Response(1, 204, ()))
+            assert wire.next_cycle() == []
