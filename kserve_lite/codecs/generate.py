@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from kserve_lite.codecs.json_tensors import Body, dumps, loads, strings, to_array
+from kserve_lite.codecs.raw_tensors import check_count
 from kserve_lite.errors import InvalidInput
 from kserve_lite.messages import (
-    MAX_ENTRIES,
     Answer,
     InferRequest,
     InferResponse,
@@ -34,8 +34,7 @@ def decode(body: Body) -> dict[str, Any]:
     members = loads(body)
     if type(members) is not dict:
         raise InvalidInput('The body must be an object, {"text_input": "..."} say.')
-    if len(members) > MAX_ENTRIES:
-        raise InvalidInput(f"The body may have at most {MAX_ENTRIES} members.")
+    check_count("members", members)
     if not isinstance(members.get("id", ""), str):
         raise InvalidInput('"id" must be a string.')
     if not isinstance(members.get("parameters", {}), dict):
@@ -85,11 +84,6 @@ def _tensor(name: str, value: Any, spec: TensorSpec | None) -> Tensor:
     if array.ndim < rank:
         array = array.reshape((1,) * (rank - array.ndim) + array.shape)
     return Tensor.from_array(name, array)
-
-
-def is_text(answer: Answer) -> bool:
-    """Whether an answer is a piece of text, which others of its stream continue."""
-    return isinstance(answer, RawAnswer)
 
 
 def encode(

@@ -9,7 +9,7 @@ https://github.com/triton-inference-server/server, docs/protocol/extension_stati
 from __future__ import annotations
 
 import asyncio
-import time
+from time import perf_counter_ns, time_ns
 from typing import TYPE_CHECKING, Any
 
 from kserve_lite.handlers import Stage
@@ -68,7 +68,7 @@ class Statistics:
         everything else that is no waiting.
         """
         executions = sum(count for count, _ in self.batches.values())
-        begun = time.time_ns() - (time.perf_counter_ns() - self.last)
+        begun = time_ns() - (perf_counter_ns() - self.last)
         known = self.queue_ns + self.input_ns + self.output_ns
         spent = {
             "queue": self.queue_ns,
@@ -154,7 +154,7 @@ class Running:
         """A request has been answered."""
         statistics = self.statistics
         statistics.successes += 1
-        statistics.succeeded_ns += time.perf_counter_ns() - started
+        statistics.succeeded_ns += perf_counter_ns() - started
         if times is not None:
             statistics.add_times(times)
         self.end()
@@ -162,7 +162,7 @@ class Running:
     def failed(self, started: int) -> None:
         """A request got an error, or was given up."""
         self.statistics.failures += 1
-        self.statistics.failed_ns += time.perf_counter_ns() - started
+        self.statistics.failed_ns += perf_counter_ns() - started
         self.end()
 
     def end(self) -> None:

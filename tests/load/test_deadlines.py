@@ -21,7 +21,7 @@ from tests.transports.client import PATIENCE, model_of, serving, until
 
 pytestmark = pytest.mark.anyio
 
-SOON = 50  # milliseconds
+SOON = 200  # milliseconds: a busy machine has to get to the handler within
 STAGES = ("preprocess", "predict", "postprocess")
 
 
@@ -126,7 +126,7 @@ async def test_the_default_deadline(
         return x
 
     async with (
-        serving(predict, request_timeout=0.05) as server,
+        serving(predict, request_timeout=0.3) as server,
         asking(protocol, server) as asker,
     ):
         assert asker.is_(await asker.ask([1]), LATE)
@@ -135,11 +135,11 @@ async def test_the_default_deadline(
         assert asker.is_(await asker.ask([3]), OK)
         default, asked, again = lefts
         assert default is not None
-        assert 0 < default <= 0.05
+        assert 0 < default <= 0.3
         assert asked is not None
         assert 1 < asked <= 30
         assert again is not None
-        assert 0 < again <= 0.05
+        assert 0 < again <= 0.3
 
 
 async def test_no_default_deadline() -> None:
