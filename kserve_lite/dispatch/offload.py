@@ -52,6 +52,9 @@ class Offload:
     def __init__(self, workers: int, name: str = "kserve-lite") -> None:
         self.workers = workers
         self._name = name
+        # Of who makes this: a thread inherits the niceness of the one that starts it,
+        # which may be one of ours.
+        self._nice = os.getpriority(os.PRIO_PROCESS, 0) + NICE
         # Re-entrant, since the garbage collector may run anywhere, and so may end an
         # abandoned `run()` in a thread that is in here.
         self._lock = RLock()
@@ -208,7 +211,7 @@ class Offload:
 
     def _work(self) -> None:
         """The life of a thread."""
-        _step_back()
+        _step_back(self._nice)
         parked = Lock()
         parked.acquire()
         while True:
@@ -239,16 +242,15 @@ class Offload:
                 mailbox.ring()
 
 
-def _step_back() -> None:
+def _step_back(nice: int) -> None:
     """Have the current thread, and those that it starts, yield to the event loop.
 
-    Else the loop waits for its turn behind computing threads: see bench/NOTES.md. What
+    Else the loop waits for its turn behind computing threads: see docs/DESIGN.md. What
     only Linux can do for one thread; elsewhere it would be the whole process.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
-            own = os.getpriority(os.PRIO_PROCESS, 0)
-            os.setpriority(os.PRIO_PROCESS, get_native_id(), own + NICE)
+            os.setpriority(os.PRIO_PROCESS, get_native_id(), nice)
 
 
 class _Job:

@@ -34,7 +34,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from kserve_lite.dispatch.offload import Offload
+from kserve_lite.dispatch.offload import NICE, Offload
 from kserve_lite.dispatch.running import QUEUE, Times
 
 pytestmark = pytest.mark.anyio
@@ -880,3 +880,28 @@ async def test_thousands_of_calls_and_cancels_leave_nothing(workers: int) -> Non
     assert together.most <= workers
     gc.collect()
     assert not alive
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it is the process's own")
+async def test_all_threads_are_equally_nicer_than_the_loop() -> None:
+    """Also those that another thread has started, which inherit its niceness."""
+    offload = Offload(2)
+    found: list[int] = []
+    recorded = threading.Event()
+
+    def record() -> None:
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    def second() -> None:
+        record()
+        recorded.set()
+
+    def first() -> None:
+        record()
+        offload.start(second)  # for which this thread starts another
+        assert recorded.wait(20)
+
+    await offload.run(first)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert found == [min(19, own + NICE)] * 2
+    offload.close()
