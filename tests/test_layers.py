@@ -21,6 +21,8 @@ LAYERS = {
     "kserve_lite.version": 0,
     "kserve_lite.errors": 0,
     "kserve_lite.wire": 1,
+    "kserve_lite.counters": 1,
+    "kserve_lite.records": 1,
     "kserve_lite.tensors": 1,
     "kserve_lite.messages": 1,
     "kserve_lite.codecs": 2,
@@ -37,6 +39,8 @@ LAYERS = {
 }
 # Modules of one layer that stand side by side import in this order only.
 ORDER = [
+    "kserve_lite.counters",
+    "kserve_lite.records",
     "kserve_lite.tensors",
     "kserve_lite.messages",
     "kserve_lite.handlers",

@@ -9,29 +9,19 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from collections.abc import AsyncGenerator, Generator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 
-from kserve_lite.dispatch.dataplane import DataPlane
-from kserve_lite.dispatch.repository import Repository
-from kserve_lite.errors import StartupError
-from kserve_lite.handlers import Stage
 from kserve_lite.model import Model
-from kserve_lite.registry import Registry
-from kserve_lite.rest.endpoints import Endpoints
+from kserve_lite.server.application import Application
 from kserve_lite.server.settings import Settings, make_settings
 from kserve_lite.server.sockets import PortInUse, listen_on
 from kserve_lite.server.tls import tls_context
 from kserve_lite.transports.listener import Listener
-
-if TYPE_CHECKING:
-    from kserve_lite.rpc.app import Rpc
 
 log = logging.getLogger("kserve_lite")
 
@@ -45,18 +35,14 @@ class Server:
     """
 
     def __init__(self, models: tuple[Model, ...], settings: Settings) -> None:
-        if not models:
-            raise StartupError("there is no model to serve: give at least one")
         self.settings = settings
-        self.dataplane = DataPlane(Registry(), settings.dispatch)
-        self.repository = Repository(self.dataplane)
+        self.application = Application(models, settings)
+        self.dataplane = self.application.dataplane
         self.report = ""
-        self._models = models
         self._port: int | None = None
         self._grpc_port: int | None = None
         self._stopping = anyio.Event()
         # Made when it is entered: a Server may be built outside an event loop.
-        self._loading: anyio.CancelScope | None = None
         self._finishing: anyio.CancelScope | None = None
         self._listener: Listener
         self._life: AbstractAsyncContextManager[None] | None = None
@@ -88,11 +74,11 @@ class Server:
         Asked for once more, `at_once` also gives up an unload handler that hangs.
         """
         self._stopping.set()
-        self.dataplane.accepting = False
-        if self._loading is not None:
-            self._loading.cancel()
-        if at_once and self._finishing is not None:
-            self._finishing.cancel()
+        self.application.stop()
+        if at_once:
+            if self._finishing is not None:
+                self._finishing.cancel()
+            self.application.hurry()
 
     @property
     def stopped(self) -> bool:
@@ -131,8 +117,8 @@ class Server:
         self._finishing = draining = anyio.CancelScope(shield=True)
         server = self.settings.server
         self._listener = Listener(
-            Endpoints(self.dataplane, self.repository).answer,
-            rpc=self._rpc().answer if server.enable_grpc else None,
+            self.application.rest.answer,
+            rpc=self.application.rpc.answer if server.enable_grpc else None,
             tls=tls_context(
                 server.ssl_certfile, server.ssl_keyfile, server.ssl_ca_certs
             ),
@@ -146,34 +132,18 @@ class Server:
             with draining:
                 await self._shutdown()
             with anyio.CancelScope(shield=True):
-                await self._dismantle()
+                await self._listener.abort()
+                await self.application.unload()
 
     async def _startup(self) -> None:
-        model_dir = Path(self.settings.server.model_dir)
-        for model in self._models:
-            model.freeze()
-            model.model_dir = model_dir
-            self.dataplane.registry.add(model)
+        self.application.register()
         server = self.settings.server
         sockets = listen_on(server.host, server.http_port)
         self._port = sockets[0].getsockname()[1]
         await self._listener.listen(sockets)
         if server.enable_grpc:
             await self._listen_twice()
-        with anyio.CancelScope() as self._loading:
-            for model in self._models:
-                if not self.stopped:
-                    await self._load(model)
-
-    def _rpc(self) -> Rpc:
-        # Here and not above: grpclib and protobuf take 0.1 s and 7 MB.
-        from kserve_lite.rpc.app import Rpc
-
-        return Rpc(
-            self.dataplane,
-            self.repository,
-            max_message_size=self.settings.wire.max_body_size,
-        )
+        await self.application.load()
 
     async def _listen_twice(self) -> None:
         """Open the second port, unless nobody asked for it and it cannot be had."""
@@ -193,16 +163,6 @@ class Server:
         self._grpc_port = sockets[0].getsockname()[1]
         await self._listener.listen(sockets)
 
-    async def _load(self, model: Model) -> None:
-        try:
-            await self.repository.load(model)
-        except (Exception, SystemExit) as error:  # user code may raise anything
-            log.debug("loading %s failed", model.name, exc_info=error)
-            raise StartupError(
-                f"model {model.name!r} failed to load: {type(error).__name__}: {error} "
-                f"({_where(model, error)})"
-            ) from error
-
     async def _shutdown(self) -> None:
         """Let what is in flight finish, within the grace period."""
         self.stop()
@@ -219,16 +179,6 @@ class Server:
             )
             log.info("stopped: %s", self.report)
 
-    async def _dismantle(self) -> None:
-        await self._listener.abort()
-        await self.repository.close()
-        for model in self.dataplane.registry:
-            # A handler that hangs, or waits for threads that do, must not keep it up.
-            grace = self.settings.dispatch.grace_period
-            with anyio.move_on_after(grace) as self._finishing:
-                await self.repository.unload(model)
-        self.dataplane.close()
-
 
 def serve(*models: Model, **settings: Any) -> Server:
     """Serve models inside a running asyncio (or anyio on asyncio) program.
@@ -240,13 +190,3 @@ def serve(*models: Model, **settings: Any) -> Server:
     entering it raises StartupError for a port in use or a load that fails.
     """
     return Server(models, make_settings(settings))
-
-
-def _where(model: Model, error: BaseException) -> str:
-    """The place in the user's own file where a load failed."""
-    frames = traceback.extract_tb(error.__traceback__)
-    handler = model.handler(Stage.LOAD)
-    code = getattr(handler.function, "__code__", None) if handler else None
-    own = [frame for frame in frames if code and frame.filename == code.co_filename]
-    frame = (own or list(frames))[-1]
-    return f"{Path(frame.filename).name}:{frame.lineno}, in {frame.name}"

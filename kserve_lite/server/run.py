@@ -134,7 +134,7 @@ def _banner(server: Server) -> str:
     settings = server.settings.server
     ports = (server.port, server.grpc_port) if settings.enable_grpc else ()
     return banner(
-        server._models,  # noqa: SLF001
+        server.application.models,
         server.url,
         grpc_ports=[port for port in ports if port is not None],
         asks_certificate=bool(settings.ssl_ca_certs),

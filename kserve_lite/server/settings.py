@@ -27,6 +27,7 @@ from kserve_lite.wire.limits import WireLimits
 ENVIRONMENT = {"PORT": "http_port", "KSERVE_LOGLEVEL": "log_level"}
 CHOICES = {
     "event_loop": ("auto", "asyncio", "uvloop"),
+    "log_format": ("text", "json"),
     "log_level": ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
 }
 _TRUE = frozenset(("y", "yes", "t", "true", "on", "1"))
@@ -49,7 +50,13 @@ class ServerSettings:
         as a container needs it; 127.0.0.1 keeps the server to this machine.
     model_dir: the folder with the model's files, what `model.path()` is relative to.
     event_loop: auto takes uvloop where it is installed.
+    workers: processes that serve, each with models of its own.
+    reload: start again when a file of the program changes (development).
     log_level: of the server's log lines. $KSERVE_LOGLEVEL sets it too.
+    log_format: text for people, json for machines: one object a line.
+    log_config: a file for logging.config.dictConfig, JSON or YAML, that takes the place
+        of what log_level and log_format do.
+    access_log: a line for each request.
     """
 
     http_port: int = 8080
@@ -61,7 +68,12 @@ class ServerSettings:
     host: str = "0.0.0.0"  # noqa: S104 - a container is reached from outside
     model_dir: str = "/mnt/models"
     event_loop: str = "auto"
+    workers: int = 1
+    reload: bool = False
     log_level: str = "INFO"
+    log_format: str = "text"
+    log_config: str = ""
+    access_log: bool = True
 
 
 @dataclass(frozen=True, slots=True)

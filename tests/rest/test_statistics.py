@@ -120,7 +120,8 @@ async def test_waiting_for_a_thread_is_queueing() -> None:
         await waits.send(predict("wait"))
         await until(first.is_set)
         await queued.send(predict(1))
-        await until(lambda: server.dataplane.running[server._models[0]].in_flight == 2)
+        (running,) = server.dataplane.running.values()
+        await until(lambda: running.in_flight == 2)
         since = time.perf_counter_ns()
         await anyio.lowlevel.checkpoint()
         at_least = time.perf_counter_ns() - since
@@ -166,7 +167,7 @@ async def test_a_request_that_is_given_up_failed() -> None:
         async with Client(server.port) as leaves:
             await leaves.send(predict(1))
             await started.wait()
-        statistics = server.dataplane.statistics[server._models[0]]
+        statistics = server.dataplane.statistics[server.application.models[0]]
         await until(lambda: statistics.failures)
         assert count(await statistics_of(client), "fail") == 1
 
