@@ -1,5 +1,7 @@
 """The KServe side: `serve_kserve.py HANDLER --port N [--grpc_port N] [--uvloop]`.
 
+`--workers N` is KServe's own: processes for REST, spawned; gRPC stays in the first.
+
 Runs in bench/.kserve-venv. KServe is set up to be measured at its best: no gRPC
 server unless its port is given, no latency log, no access log, log level WARNING
 (KSERVE_LOGLEVEL, set by compare.py). Two things are patched, neither on the path of
@@ -43,6 +45,15 @@ class Base(kserve.Model):  # type: ignore[misc, unused-ignore]
 class Echo(Base):
     async def predict(self, payload: dict[str, Any], headers: Any = None) -> Any:
         return {"predictions": payload["instances"]}
+
+
+class EchoBoth(Base):
+    async def predict(self, payload: Any, headers: Any = None) -> Any:
+        if isinstance(payload, dict):
+            return {"predictions": payload["instances"]}
+        x = payload.inputs[0]
+        out = kserve.InferOutput(x.name, x.shape, x.datatype, data=x.data)
+        return kserve.InferResponse(payload.id, self.name, [out])
 
 
 class EchoSync(Base):
@@ -89,6 +100,7 @@ class ImageV2(Base):
 
 HANDLERS = {
     "echo": Echo,
+    "echo_both": EchoBoth,
     "echo_sync": EchoSync,
     "tensor": Tensor,
     "large_tensor": LargeTensor,
@@ -97,12 +109,14 @@ HANDLERS = {
 }
 
 
-def serve(model: Any, *, port: int, grpc_port: int | None = None) -> None:
+def serve(
+    model: Any, *, port: int, grpc_port: int | None = None, workers: int = 1
+) -> None:
     server.uvicorn.Config = LoopbackConfig
     kserve.ModelServer(
         http_port=port,
         grpc_port=grpc_port or 0,
-        workers=1,
+        workers=workers,
         enable_grpc=grpc_port is not None,
         enable_latency_logging=False,
     ).start([model])
@@ -113,6 +127,7 @@ def main() -> None:
     parser.add_argument("handler", choices=HANDLERS)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--grpc_port", type=int, help="serve gRPC too, on this port")
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--uvloop", action="store_true")
     options = parser.parse_args()
     if options.uvloop:
@@ -122,7 +137,12 @@ def main() -> None:
         asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
         # KServe asks for a current loop before it runs one; this policy makes none.
         asyncio.set_event_loop(asyncio.new_event_loop())
-    serve(HANDLERS[options.handler](), port=options.port, grpc_port=options.grpc_port)
+    serve(
+        HANDLERS[options.handler](),
+        port=options.port,
+        grpc_port=options.grpc_port,
+        workers=options.workers,
+    )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from kserve_lite.messages import InferRequest as InferRequest
 from kserve_lite.messages import InferResponse as InferResponse
 from kserve_lite.messages import RequestedOutput as RequestedOutput
 from kserve_lite.model import Model as Model
+from kserve_lite.server.asgi import asgi as asgi
 from kserve_lite.server.lifecycle import Server as Server
 from kserve_lite.server.lifecycle import serve as serve
 from kserve_lite.server.run import run as run

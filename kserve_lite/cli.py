@@ -57,11 +57,15 @@ def _run(arguments: Sequence[str]) -> None:
         "name",
     )
     settings = make_settings(environment=os.environ, flags=flags)
-    models: dict[int, Model] = {}
-    for target in positionals["name"]:
-        for model in find_models(target):
-            models[id(model)] = model
-    running.serve_process(tuple(models.values()), settings)
+    targets = positionals["name"]
+
+    def find() -> tuple[Model, ...]:
+        models = {id(model): model for name in targets for model in find_models(name)}
+        return tuple(models.values())
+
+    files = [Path(target.partition(":")[0]) for target in targets]
+    folders = {file.parent if file.suffix == ".py" else Path() for file in files}
+    running.serve_process(find, settings, *(folder.resolve() for folder in folders))
 
 
 def find_models(target: str) -> list[Model]:

@@ -7,7 +7,8 @@ counted thus outlives it, however it dies, and one that takes its place goes on 
 sheet. An addition costs 0.1 us; prometheus_client's own counters, which its processes
 share through files, cost 2 to 3.
 
-What each number means, and how it is shown, is not known here.
+Numbers are counted by one thread of the process, the event loop's; rows may be made and
+read by any. What each number means, and how it is shown, is not known here.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import json
 import logging
 import mmap
 import os
+import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from operator import add
+from threading import Lock
 
 log = logging.getLogger("kserve_lite")
 
@@ -30,8 +34,10 @@ _WORD = 8
 # Words of a sheet, 8 MiB, of which only those that are written to take memory. A model
 # needs some 200, and each kind of request that came for it 15.
 SHEET = 1024 * 1024
+# The words of the row that nobody reads, and the most that any row may have.
+SPARE = 64
 # The sheet's own words, before its rows.
-_END, _STATE, _FIRST = 0, 1, 2
+_END, _STATE, _PID, _SINCE, _FIRST = 0, 1, 2, 3, 4
 
 
 class State(enum.IntEnum):
@@ -47,21 +53,33 @@ class State(enum.IntEnum):
 class Board:
     """Sheets of several processes, in memory that they share.
 
-    sheets: how many there are. fd: of the memory, where another process made it.
+    sheets: how many there are. fd: of the memory, where another process made it; the
+    number of sheets must then be what it was there.
     """
 
     def __init__(self, sheets: int = 1, fd: int | None = None) -> None:
         size = sheets * SHEET * _WORD
-        if fd is None and sheets > 1:
-            fd = os.memfd_create("kserve-lite")
-            os.ftruncate(fd, size)
-        # One process alone needs no file descriptor.
-        self.fd = -1 if fd is None else fd
-        self._memory = mmap.mmap(self.fd, size)
-        self._words = memoryview(self._memory).cast("q")
-        self.sheets = [
-            Sheet(self._words[i * SHEET : (i + 1) * SHEET]) for i in range(sheets)
-        ]
+        is_new = fd is None
+        if fd is None:
+            # One process alone needs no file descriptor.
+            fd = _shared_file(size) if sheets > 1 else -1
+        self.fd = fd
+        words = memoryview(mmap.mmap(fd, size)).cast("q")
+        self.sheets = [Sheet(words[i * SHEET :][:SHEET]) for i in range(sheets)]
+        self._words = words
+        if is_new:
+            words[_SINCE] = time.time_ns()
+
+    def close(self) -> None:
+        """Close the file descriptor; the memory is there until nobody uses it."""
+        if self.fd != -1:
+            os.close(self.fd)
+            self.fd = -1
+
+    @property
+    def since(self) -> float:
+        """When everything was zero, in seconds since 1970."""
+        return self._words[_SINCE] / 1e9
 
     @property
     def states(self) -> list[State]:
@@ -72,23 +90,31 @@ class Board:
         """Every row of every sheet by key; those of one key are added up."""
         totals: dict[Key, list[int]] = {}
         for sheet in self.sheets:
-            for key, numbers in sheet.rows():
-                known = totals.get(key)
-                if known is None:
-                    totals[key] = numbers
-                else:
-                    totals[key] = [a + b for a, b in zip(known, numbers, strict=True)]
+            sheet.add_to(totals)
         return totals
 
     def total(self, key: Key, width: int = 1) -> list[int]:
         """One key's row, added up over the sheets; zeros where none has it."""
         total = [0] * width
         for sheet in self.sheets:
-            at = sheet.find(key)
+            at = sheet.find(key, width)
             if at is not None:
                 numbers = sheet.words[at : at + width]
                 total = [a + b for a, b in zip(total, numbers, strict=True)]
         return total
+
+
+def _shared_file(size: int) -> int:
+    """Memory with a file descriptor, which has no name and ends with its processes."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("kserve-lite")
+    else:  # not Linux
+        import tempfile
+
+        fd, path = tempfile.mkstemp()
+        os.unlink(path)  # noqa: PTH108 - the path is a string, for this line only
+    os.ftruncate(fd, size)
+    return fd
 
 
 class Sheet:
@@ -102,6 +128,7 @@ class Sheet:
         self._places: dict[Key, int] = {}
         self._read = _FIRST  # up to where rows are known
         self._is_full = False
+        self._lock = Lock()
 
     @property
     def state(self) -> State:
@@ -110,15 +137,23 @@ class Sheet:
     @state.setter
     def state(self, state: State) -> None:
         self.words[_STATE] = state
+        self.words[_PID] = os.getpid() if state else 0
+
+    @property
+    def pid(self) -> int:
+        """The process that set the state; 0 where there is none."""
+        return self.words[_PID]
 
     def row(self, *key: str, width: int = 1) -> int:
         """The place of a key's row in `words`, made if there is none.
 
-        A sheet that is full has one more row, which nobody reads.
+        width: words of the row, 64 at most. A sheet that is full has one more row,
+        which nobody reads.
         """
-        at = self.find(key)
+        at = self.find(key, width)
         if at is None:
-            at = self._make(key, width)
+            with self._lock:
+                at = self._find(key, width) or self._make(key, width)
         return at
 
     def counter(self, *key: str) -> Counter:
@@ -130,7 +165,10 @@ class Sheet:
         return Counter(self.words, self.row(NOW, *key))
 
     def leave(self) -> None:
-        """Its process is gone: what it has counted stays, what held then does not."""
+        """Its process is gone: what it has counted stays, what held then does not.
+
+        For those who saw it end, before another takes its place.
+        """
         self.state = State.GONE
         self._look()
         for key, at in self._places.items():
@@ -141,33 +179,61 @@ class Sheet:
         """Counts by size; the last two words are for the larger ones and the sum."""
         return Histogram(self.words, self.row(*key, width=len(bounds) + 2), bounds)
 
-    def find(self, key: Key) -> int | None:
-        """The place of a key's row; None where there is none."""
-        at = self._places.get(key)
+    def find(self, key: Key, width: int = 1) -> int | None:
+        """The place of a key's row; None where there is none of that width."""
+        at = self._find(key, width)
         if at is None:
             self._look()
-            at = self._places.get(key)
+            at = self._find(key, width)
         return at
 
     def rows(self) -> Iterator[tuple[Key, list[int]]]:
         """Every row's key and numbers."""
         self._look()
-        for key, at in self._places.items():
+        # A copy: another thread may make rows meanwhile.
+        for key, at in list(self._places.items()):
             yield key, self.words[at : at + self.words[at - 1]].tolist()
+
+    def add_to(self, totals: dict[Key, list[int]]) -> None:
+        """Add every row up with those of the same key in `totals`."""
+        for key, numbers in self.rows():
+            known = totals.get(key)
+            if known is None or len(known) != len(numbers):
+                totals[key] = numbers
+            else:
+                totals[key] = list(map(add, known, numbers))
+
+    def _find(self, key: Key, width: int) -> int | None:
+        # Of another width is what a process counted with other code, before a rolling
+        # restart: that row is left alone, and the newer one is the key's.
+        at = self._places.get(key)
+        return at if at is not None and self.words[at - 1] == width else None
 
     def _look(self) -> None:
         """Find the rows that its process has made since the last look."""
-        while self._read < self.words[_END]:
-            start = self._read
-            length = self.words[start]
-            at = start + 2 + _words_of(length)
-            text = bytes(self.words[start + 1 : at - 1])[:length]
-            self._places[tuple(json.loads(text))] = at
-            self._read = at + self.words[at - 1]
+        with self._lock:
+            while self._read < self.words[_END]:
+                start = self._read
+                length = self.words[start]
+                at = start + 2 + _words_of(length)
+                text = bytes(self.words[start + 1 : at - 1])[:length]
+                width = self.words[at - 1]
+                try:
+                    key = tuple(json.loads(text))
+                except ValueError:
+                    return
+                # Some processors let others see the end move before the row is there.
+                if not width:
+                    return
+                self._places[key] = at
+                self._read = at + width
 
     def _make(self, key: Key, width: int) -> int:
         # Length and text of the key, width, numbers. Others read what is before the
-        # end, so the end is moved last.
+        # end, so the end is moved last: a process killed here leaves nothing that its
+        # successor would have to mend, but for text where the next row is written.
+        if width > SPARE:
+            raise ValueError(f"a row has at most {SPARE} words, not {width}")
         text = json.dumps(key).encode()
         start = self.words[_END] or _FIRST
         at = start + 2 + _words_of(len(text))
@@ -180,13 +246,11 @@ class Sheet:
         padded = text.ljust(_words_of(len(text)) * _WORD)
         self.words[start + 1 : at - 1] = memoryview(padded).cast("q")
         self.words[at - 1] = width
+        # Not zero where a longer key's text was left by a process that was killed.
+        self.words[at : at + width] = memoryview(bytes(width * _WORD)).cast("q")
         self._places[key] = at
         self._read = self.words[_END] = at + width
         return at
-
-
-# The words of the row that nobody reads.
-SPARE = 64
 
 
 def _words_of(size: int) -> int:
@@ -224,4 +288,7 @@ class Histogram:
     def observe(self, size: int) -> None:
         words = self._words
         words[self._at + bisect_left(self._bounds, size)] += 1
-        words[self._sum] += size
+        try:
+            words[self._sum] += size
+        except ValueError:  # beyond 64 bits: 107 days of a thousand requests at a time
+            words[self._sum] = 0

@@ -8,13 +8,13 @@ not frozen: a frozen dataclass takes 1.2 us to make, this 0.4.
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from kserve_lite.errors import InvalidInput
+from kserve_lite.records import Record
 from kserve_lite.tensors import Parameters, Tensor
 
 if TYPE_CHECKING:
@@ -23,11 +23,6 @@ if TYPE_CHECKING:
 # Inputs, requested outputs and parameters that one request may have of each. All are
 # looked at one by one on the event loop, and a few bytes make one. No model comes near.
 MAX_ENTRIES = 4096
-
-
-def new_id() -> str:
-    """Return a fresh id of 32 hexadecimal digits. It names, it does not protect."""
-    return f"{random.getrandbits(128):032x}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +105,7 @@ class Context:
     """
 
     __slots__ = (
-        "_gone",
-        "_request_id",
+        "_record",
         "deadline",
         "headers",
         "model_name",
@@ -127,7 +121,7 @@ class Context:
         protocol: str = "v1",
         headers: Mapping[str, str] | None = None,
         deadline: float | None = None,
-        gone: Callable[[], bool] | None = None,
+        record: Record | None = None,
     ) -> None:
         self.model_name = model_name
         self.model_version = model_version
@@ -135,8 +129,7 @@ class Context:
         self.headers: Mapping[str, str] = {} if headers is None else headers
         self.response_headers: dict[str, str] = {}
         self.deadline = deadline
-        self._request_id: str | None = None
-        self._gone = gone
+        self._record = record
 
     @property
     def request_id(self) -> str:
@@ -145,11 +138,18 @@ class Context:
         A client's id is taken only if it has at most 128 visible ASCII characters,
         since it is written to logs and sent back.
         """
-        if self._request_id is None:
-            given = self.headers.get("x-request-id", "")
-            usable = given.isascii() and given.isprintable() and 0 < len(given) <= 128
-            self._request_id = given if usable and " " not in given else new_id()
-        return self._request_id
+        return self._known.request_id
+
+    @property
+    def traceparent(self) -> str:
+        """What to send along to others in the trace (W3C Trace Context, 3.2)."""
+        return self._known.traceparent
+
+    @property
+    def _known(self) -> Record:
+        if self._record is None:  # called from within the program
+            self._record = Record("", "", "", self.headers, "", lambda: False)
+        return self._record
 
     def remaining(self) -> float | None:
         """Seconds that are left until the deadline, never below 0; None without one."""
@@ -160,7 +160,7 @@ class Context:
     @property
     def disconnected(self) -> bool:
         """Whether the client has gone: what is computed now, nobody will read."""
-        return self._gone is not None and self._gone()
+        return self._known.is_gone()
 
 
 class JsonAnswer(NamedTuple):

@@ -12,6 +12,10 @@ import re
 from collections.abc import Callable, Mapping
 from time import perf_counter_ns
 
+RawHeaders = tuple[tuple[bytes, bytes], ...]
+
+# Neither id may be all zeros.
+_NOT_ZERO = 1 << 64 | 1
 # W3C Trace Context, section 3.2: version, trace id, parent id, flags. What later
 # versions add behind is not looked at.
 _TRACEPARENT = re.compile(
@@ -43,7 +47,9 @@ class Record:
     code: int | str = ""
     sent = 0
     _request_id = ""
+    _made = False  # whether the request's id was made here
     _trace: tuple[str, str, str] | None = None
+    _digits = b""  # of the ids that were made here for the answer's fields
 
     def __init__(  # noqa: PLR0917 - by position: by name it takes twice as long
         self,
@@ -69,12 +75,15 @@ class Record:
         A client's id is taken only if it has at most 128 visible ASCII characters,
         since it is written to logs and sent back.
         """
-        if not self._request_id:
-            given = self.headers.get("x-request-id", "")
-            usable = (
-                0 < len(given) <= MAX_ID and given.isascii() and given.isprintable()
-            )
-            self._request_id = given if usable and " " not in given else new_id()
+        if not self._request_id and self._digits:
+            self._request_id = self._digits[:32].decode("ascii")
+            self._made = True
+        elif not self._request_id:
+            given = self.headers.get("x-request-id")
+            if given is None or not _is_id(given):
+                given = new_id()
+                self._made = True
+            self._request_id = given
         return self._request_id
 
     @property
@@ -84,19 +93,57 @@ class Record:
         The trace is the one that `traceparent` names, or else a new one, whose id is
         that of the request where that was made here too.
         """
-        if self._trace is None:
-            given = _TRACEPARENT.fullmatch(self.headers.get("traceparent", ""))
+        if self._trace is None and self._digits:
+            self._trace = self.request_id, self._digits[32:].decode("ascii"), "00"
+        elif self._trace is None:
             span = f"{random.getrandbits(64) or 1:016x}"
-            if given is not None:
-                self._trace = given[1], span, given[3]
+            given = self.headers.get("traceparent")
+            match = None if given is None else _TRACEPARENT.fullmatch(given)
+            if match is not None:
+                self._trace = match[1], span, match[3]
             else:
-                self._trace = new_id(), span, "00"
+                request_id = self.request_id
+                self._trace = request_id if self._made else new_id(), span, "00"
         return self._trace
+
+    @trace.setter
+    def trace(self, ids: tuple[str, str, str]) -> None:
+        self._trace = ids
+
+    @property
+    def fields(self) -> RawHeaders:
+        """The fields that tell the client its request's ids."""
+        headers = self.headers
+        if (
+            self._request_id
+            or self._digits
+            or self._trace
+            or "x-request-id" in headers
+            or "traceparent" in headers
+        ):
+            return (
+                (b"x-request-id", self.request_id.encode("ascii")),
+                (b"traceparent", self.traceparent.encode("ascii")),
+            )
+        # Both are made here, and nobody has asked yet: a third of the time.
+        digits = b"%048x" % (random.getrandbits(192) | _NOT_ZERO)
+        self._digits = digits
+        trace = digits[:32]
+        return (
+            (b"x-request-id", trace),
+            (b"traceparent", b"00-%b-%b-00" % (trace, digits[32:])),
+        )
 
     @property
     def traceparent(self) -> str:
         """What others are told who take part in the trace (W3C, section 3.2)."""
-        return "00-{}-{}-{}".format(*self.trace)
+        trace, span, flags = self.trace
+        return f"00-{trace}-{span}-{flags}"
+
+
+def _is_id(given: str) -> bool:
+    fits = 0 < len(given) <= MAX_ID and given.isascii()
+    return fits and given.isprintable() and " " not in given
 
 
 def new_id() -> str:

@@ -42,6 +42,9 @@ class Registry:
             raise ModelNotFound(name, version)
         return model
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._models
+
     def names(self) -> list[str]:
         return list(self._models)
 

@@ -23,6 +23,7 @@ LAYERS = {
     "kserve_lite.wire": 1,
     "kserve_lite.counters": 1,
     "kserve_lite.records": 1,
+    "kserve_lite.metrics": 1,
     "kserve_lite.tensors": 1,
     "kserve_lite.messages": 1,
     "kserve_lite.codecs": 2,
@@ -35,12 +36,14 @@ LAYERS = {
     "kserve_lite.transports": 6,
     "kserve_lite.server": 7,
     "kserve_lite.cli": 8,
+    "kserve_lite.testing": 8,
     "kserve_lite.__main__": 9,
 }
 # Modules of one layer that stand side by side import in this order only.
 ORDER = [
     "kserve_lite.counters",
     "kserve_lite.records",
+    "kserve_lite.metrics",
     "kserve_lite.tensors",
     "kserve_lite.messages",
     "kserve_lite.handlers",
@@ -54,10 +57,11 @@ THIRD_PARTY = {
         "kserve_lite.rpc",
         "kserve_lite.transports",
         "kserve_lite.server",
+        "kserve_lite.testing",
     },
-    "h11": {"kserve_lite.wire"},
+    "h11": {"kserve_lite.wire", "kserve_lite.testing"},
     "hpack": {"kserve_lite.wire"},
-    "grpclib": {"kserve_lite.rpc"},
+    "grpclib": {"kserve_lite.rpc", "kserve_lite.testing"},
     "google": {"kserve_lite.codecs.proto", "kserve_lite.codecs.v2_protobuf"},
     "orjson": {"kserve_lite.codecs", "kserve_lite.rest"},
     "simdjson": {"kserve_lite.codecs"},
@@ -66,12 +70,25 @@ THIRD_PARTY = {
         "kserve_lite.messages",
         "kserve_lite.codecs",
         "kserve_lite.dispatch",
+        "kserve_lite.testing",
     },
     "ml_dtypes": {"kserve_lite.tensors"},
+    "watchfiles": {"kserve_lite.server"},
+    "prometheus_client": {"kserve_lite.server"},
     "torch": {"kserve_lite.tensors"},
+    "opentelemetry": {"kserve_lite.server.tracing"},
+    "yaml": {"kserve_lite.server.logs"},
 }
 # These cost time and memory: imported where used, or for types only.
-LATE = {"numpy", "simdjson", "ml_dtypes", "torch"}
+LATE = {
+    "ml_dtypes",
+    "numpy",
+    "opentelemetry",
+    "prometheus_client",
+    "simdjson",
+    "torch",
+    "yaml",
+}
 # These import grpclib and protobuf, and so are themselves imported where used.
 LATE_MODULES = (
     "kserve_lite.rpc",

@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 from kserve_lite.dispatch.admission import too_much
 from kserve_lite.dispatch.patience import Cost, Opening, Patience
 from kserve_lite.dispatch.rows import Arrays, joined, measured, split
-from kserve_lite.dispatch.running import QUEUE, Times
+from kserve_lite.dispatch.statistics import BATCH, Times
 from kserve_lite.errors import DeadlineExceeded, InvalidInput, ServerNotReady
 from kserve_lite.handlers import AUTO, Batching
 
@@ -132,7 +132,7 @@ class Batcher:
             result = await request.future
             if times is not None:
                 waited = int((request.began - now) * 1e9)
-                times[QUEUE] = times.get(QUEUE, 0) + waited
+                times[BATCH] = times.get(BATCH, 0) + waited
             return result
         except asyncio.CancelledError:
             self._leave(request)

@@ -19,9 +19,9 @@ from kserve_lite.messages import (
     InferResponse,
     JsonAnswer,
     RawAnswer,
-    new_id,
 )
 from kserve_lite.model import Model, Plan
+from kserve_lite.records import new_id
 from kserve_lite.tensors import (
     Tensor,
     TensorSpec,

@@ -17,13 +17,15 @@ from typing import Any
 
 import anyio
 
+from kserve_lite.counters import Board, State
 from kserve_lite.dispatch.admission import too_much
 from kserve_lite.dispatch.binding import answer_of, text_response
 from kserve_lite.dispatch.deadlines import Deadlines
 from kserve_lite.dispatch.offload import Offload
-from kserve_lite.dispatch.running import Running, Statistics, Times
+from kserve_lite.dispatch.running import Running
 from kserve_lite.dispatch.settings import DispatchSettings
 from kserve_lite.dispatch.stages import Stages
+from kserve_lite.dispatch.statistics import Statistics, Times
 from kserve_lite.dispatch.streams import InFlight, items_of, streams
 from kserve_lite.errors import (
     DeadlineExceeded,
@@ -50,9 +52,22 @@ READY_TIMEOUT = 5.0
 
 
 class DataPlane:
-    """The door to a registry of models."""
+    """The door to a registry of models.
 
-    def __init__(self, registry: Registry, settings: DispatchSettings) -> None:
+    board, index: where the processes of the server count, and this one's sheet; by
+    default those of a process of its own.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        settings: DispatchSettings,
+        *,
+        board: Board | None = None,
+        index: int = 0,
+    ) -> None:
+        self.board = board or Board()
+        self.index = index
         self.registry = registry
         self.settings = settings
         self._max_in_flight = settings.max_in_flight
@@ -122,7 +137,18 @@ class DataPlane:
         self._deadlines.close()
 
     async def ready(self) -> bool:
-        """Whether every model is ready; False with no model and while stopping."""
+        """Whether every model is ready, in every process that takes requests.
+
+        False with no model and while stopping.
+        """
+        # Whose state is SERVING takes requests, and would refuse them.
+        others = (s for i, s in enumerate(self.board.sheets) if i != self.index)
+        return await self.own_ready() and State.SERVING not in {
+            sheet.state for sheet in others
+        }
+
+    async def own_ready(self) -> bool:
+        """Whether every model is ready in this process."""
         if not self.accepting:
             return False
         served = [model for model in self.registry if model.phase is not _UNLOADED]
@@ -147,6 +173,14 @@ class DataPlane:
         except Exception:  # user code: whatever it raises means "not ready"
             log.exception("the ready handler of model %s failed", model.name)
             return False
+
+    def statistics_of(self, model: Model) -> Statistics:
+        """What a model has done; made when it is first asked for."""
+        known = self.statistics.get(model)
+        if known is None:
+            known = Statistics(model, self.board, self.index)
+            self.statistics[model] = known
+        return known
 
     def names(self) -> list[str]:
         """The names of the models, ready or not, less those that were unloaded."""
@@ -212,11 +246,12 @@ class DataPlane:
         if running is None:  # unloaded since it was found
             raise ModelNotReady(model.name)
         running.in_flight += 1
-        running.statistics.last = started = perf_counter_ns()
+        started = perf_counter_ns()
         times: Times | None = None
         task: asyncio.Task[Any] | None = None
+        entry = plan[0]
+        stage = entry.stage
         try:
-            entry = plan[0]
             task = self._deadlines.begin(context)
             if entry.is_plain and len(plan) == 1 and not running.is_staged:
                 # The shortest way, for the most frequent model.
@@ -230,16 +265,17 @@ class DataPlane:
                 if context.protocol != "v1":
                     items = self._answers(items, model, plan, context, payload)
                 within = partial(self._deadlines.within, context)
-                return StreamAnswer(InFlight(items, within, running, started, times))
+                ended = partial(running.ended, started, stage, times)
+                return StreamAnswer(InFlight(items, within, ended))
             answer = answer_of(value, model, plan, context, payload)
         except BaseException as error:
-            running.failed(started)
+            running.ended(started, stage, times, False)
             if self._deadlines.end(task) and isinstance(error, asyncio.CancelledError):
                 raise DeadlineExceeded from None
             if isinstance(error, InferenceFault):
                 raise
             raise self._fault(model, context, error) from error
-        running.succeeded(started, times)
+        running.ended(started, stage, times, True)
         return answer
 
     def _fault(

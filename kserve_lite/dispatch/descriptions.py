@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 from kserve_lite.dispatch.dataplane import DataPlane
-from kserve_lite.dispatch.running import Statistics
 from kserve_lite.handlers import AUTO, Call, Stage
 from kserve_lite.model import Model
 from kserve_lite.tensors import TensorSpec
@@ -69,12 +68,7 @@ def statistics(
     if version is not None:
         models = [named]
     return {
-        "model_stats": [
-            dataplane.statistics.get(model, Statistics()).document(
-                model.name, model.version
-            )
-            for model in models
-        ]
+        "model_stats": [dataplane.statistics_of(model).document() for model in models]
     }
 
 

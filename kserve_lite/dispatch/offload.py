@@ -26,7 +26,7 @@ from threading import Lock, RLock, Thread, get_native_id
 from time import perf_counter_ns
 from typing import Any, Protocol, TypeVar
 
-from kserve_lite.dispatch.running import QUEUE, Times
+from kserve_lite.dispatch.statistics import QUEUE, Times
 
 R = TypeVar("R")
 

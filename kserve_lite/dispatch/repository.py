@@ -12,14 +12,15 @@ import asyncio
 import ipaddress
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import anyio
 
 from kserve_lite.dispatch.dataplane import DataPlane
-from kserve_lite.dispatch.running import UNVERSIONED, Running, Statistics
+from kserve_lite.dispatch.running import Running
+from kserve_lite.dispatch.statistics import UNVERSIONED
 from kserve_lite.errors import (
     Forbidden,
     ModelNotFound,
@@ -59,6 +60,9 @@ class Repository:
         self._dataplane = dataplane
         self._control = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
+        # Has a verb of `obey()` done in all processes of the server, this one included,
+        # where it has several.
+        self.everywhere: Callable[[str, str], Awaitable[None]] | None = None
 
     async def load(self, model: Model) -> None:
         """Run the model's load handler; raises what it raises.
@@ -70,7 +74,7 @@ class Repository:
         if not reload:
             model.enter(Phase.LOADING)
         handler = model.handler(Stage.LOAD)
-        started = time.perf_counter()
+        started = time.perf_counter_ns()
         try:
             state = await dataplane.stages.call(handler, None) if handler else None
         except BaseException:
@@ -78,11 +82,13 @@ class Repository:
                 model.enter(Phase.FAILED)
             raise
         before = dataplane.running.get(model)
-        statistics = dataplane.statistics.setdefault(model, Statistics())
+        statistics = dataplane.statistics_of(model)
+        took = time.perf_counter_ns() - started
+        statistics.loads.observe(took)
         dataplane.running[model] = dataplane.stages.running_of(model, state, statistics)
         model.enter(Phase.READY, state)
         dataplane.changed()
-        log.info("loaded %s in %.2f s", model.name, time.perf_counter() - started)
+        log.info("loaded %s in %.2f s", model.name, took / 1e9)
         if before is not None:
             await self._finish(model, before)
 
@@ -130,14 +136,22 @@ class Repository:
         Raises ModelNotFound, ModelNotReady where a load handler fails, which is logged,
         and ServerNotReady while the server stops.
         """
-        await self._alone(partial(self._load_versions, name))
+        await (self.everywhere or self.obey)("load", name)
 
     async def unload_named(self, name: str) -> None:
         """Unload every version of a model; raises ModelNotFound where none is served.
 
         From then on it is as if the model did not exist, until it is loaded again.
         """
-        await self._alone(partial(self._unload_versions, name))
+        await (self.everywhere or self.obey)("unload", name)
+
+    async def obey(self, verb: str, name: str) -> None:
+        """Load or unload every version of a model in this process.
+
+        verb: load or unload. Raises what `load_named()` and `unload_named()` do.
+        """
+        work = self._load_versions if verb == "load" else self._unload_versions
+        await self._alone(partial(work, name))
 
     async def _alone(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Do one such thing at a time: they walk a model's phases.

@@ -15,7 +15,7 @@ from typing import Any
 
 from kserve_lite.dispatch.admission import Turn
 from kserve_lite.dispatch.offload import Offload
-from kserve_lite.dispatch.running import Running, Times
+from kserve_lite.dispatch.running import Running
 
 log = logging.getLogger("kserve_lite")
 
@@ -51,7 +51,8 @@ async def items_of(
 class InFlight(AsyncGenerator[Any, None]):
     """The items of a stream that is in flight until it ends or is closed.
 
-    within: in which each item is made, within the request's deadline.
+    within: in which each item is made, within the request's deadline. ended: is told
+    once, and whether the stream came to its end.
     No generator function, whose end is not told if it was never begun.
     """
 
@@ -59,15 +60,11 @@ class InFlight(AsyncGenerator[Any, None]):
         self,
         items: AsyncGenerator[Any, None],
         within: Callable[[], AbstractContextManager[None]],
-        running: Running,
-        started: int,
-        times: Times | None,
+        ended: Callable[[bool], None],
     ) -> None:
         self._items = items
         self._within = within
-        self._running: Running | None = running
-        self._started = started
-        self._times = times
+        self._ended: Callable[[bool], None] | None = ended
 
     async def asend(self, value: Any) -> Any:
         try:
@@ -87,13 +84,9 @@ class InFlight(AsyncGenerator[Any, None]):
             self._end(complete=False)
 
     def _end(self, *, complete: bool) -> None:
-        running, self._running = self._running, None
-        if running is None:
-            return
-        if complete:
-            running.succeeded(self._started, self._times)
-        else:
-            running.failed(self._started)
+        ended, self._ended = self._ended, None
+        if ended is not None:
+            ended(complete)
 
 
 class ThreadStream:

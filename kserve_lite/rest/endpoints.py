@@ -25,29 +25,31 @@ from kserve_lite.errors import (
     ModelNotReady,
     ServerNotReady,
 )
+from kserve_lite.records import Record
 from kserve_lite.rest.openapi import openapi_document
 from kserve_lite.rest.predictions import Predictions
-from kserve_lite.rest.replies import (
-    Client,
-    Reply,
-    error_reply,
-    fault_reply,
-    json_reply,
-)
+from kserve_lite.rest.replies import Reply, error_reply, fault_reply, json_reply
 from kserve_lite.rest.routes import ROUTES, Match, match, origin_form
 from kserve_lite.wire.events import Buffer, Request
 
 log = logging.getLogger("kserve_lite")
 
-Action: TypeAlias = Callable[[Request, Match, Buffer, Client], Awaitable[Reply]]
+Action: TypeAlias = Callable[[Request, Match, Buffer, Record], Awaitable[Reply]]
+
+
+# Given the header Accept, the content type and the body of `/metrics`.
+Metrics: TypeAlias = Callable[[str | None], Awaitable[tuple[bytes, bytes]]]
 
 
 class Endpoints:
     """Answers requests for the models behind a data plane."""
 
-    def __init__(self, dataplane: DataPlane, repository: Repository) -> None:
+    def __init__(
+        self, dataplane: DataPlane, repository: Repository, *, metrics: Metrics
+    ) -> None:
         self.dataplane = dataplane
         self.repository = repository
+        self._metrics = metrics
         self._described: tuple[asyncio.Event, Reply] | None = None
         predictions = Predictions(dataplane)
         self._actions: dict[str, Action] = {}
@@ -55,16 +57,18 @@ class Endpoints:
             owner = predictions if hasattr(predictions, action) else self
             self._actions[action] = getattr(owner, action)
 
-    async def answer(self, request: Request, body: Buffer, client: Client) -> Reply:
+    async def answer(self, request: Request, body: Buffer, record: Record) -> Reply:
         """Answer a request; never raises but for cancellation."""
         try:
             methods = match(request.target)
             leads_to = methods.get(request.method)
             if leads_to is None:
                 return _unserved(request.target, methods)
+            record.action, record.model = leads_to.action, leads_to.model
+            record.protocol = leads_to.protocol
             if request.headers.get("content-encoding", "identity") != "identity":
                 return _ENCODED
-            return await self._actions[leads_to.action](request, leads_to, body, client)
+            return await self._actions[leads_to.action](request, leads_to, body, record)
         except InferenceFault as fault:
             return fault_reply(fault)
         except Exception:  # the boundary: a bug here must not end the connection
@@ -89,6 +93,10 @@ class Endpoints:
             document = openapi_document(self.dataplane.served(), ROUTES)
             self._described = change, _document(document)
         return self._described[1]
+
+    async def metrics(self, request: Request, *_: Any) -> Reply:
+        content_type, body = await self._metrics(request.headers.get("accept"))
+        return Reply(200, ((b"content-type", content_type),), body)
 
     async def server_metadata(self, *_: Any) -> Reply:
         return _document(descriptions.server_metadata())
@@ -117,7 +125,7 @@ class Endpoints:
     v2_ready = v1_ready
 
     async def repository_index(
-        self, _: Request, __: Match, body: Buffer, ___: Client
+        self, _: Request, __: Match, body: Buffer, ___: Record
     ) -> Reply:
         asked = loads(body) if body else {}
         ready = asked.get("ready", False) if isinstance(asked, dict) else None
@@ -126,9 +134,9 @@ class Endpoints:
         return _document(await self.repository.index(ready=ready))
 
     async def model_load(
-        self, request: Request, leads_to: Match, body: Buffer, client: Client
+        self, request: Request, leads_to: Match, body: Buffer, record: Record
     ) -> Reply:
-        self.repository.check_control(client.peer, request.headers)
+        self.repository.check_control(record.peer, request.headers)
         _refuse_override(body)
         try:
             await self.repository.load_named(leads_to.model)
@@ -137,9 +145,9 @@ class Endpoints:
         return _document({"name": leads_to.model, "load": True})
 
     async def model_unload(
-        self, request: Request, leads_to: Match, _: Buffer, client: Client
+        self, request: Request, leads_to: Match, _: Buffer, record: Record
     ) -> Reply:
-        self.repository.check_control(client.peer, request.headers)
+        self.repository.check_control(record.peer, request.headers)
         await self.repository.unload_named(leads_to.model)
         return _document({"name": leads_to.model, "unload": True})
 

@@ -25,6 +25,7 @@ from kserve_lite.version import __version__
 _HEADER = "Inference-Header-Content-Length"
 _JSON, _BINARY = "application/json", "application/octet-stream"
 _LINES, _EVENTS = "application/x-ndjson", "text/event-stream"
+_PROMETHEUS, _OPEN_METRICS = "text/plain", "application/openmetrics-text"
 # By how a pattern begins, the first that fits.
 _TAGS = (
     ("/v1/", "V1", "KServe's V1 protocol."),
@@ -144,6 +145,11 @@ def _answer(route: Route, model: Model | None) -> dict[str, Any]:
         return {
             "description": "Items as they come: text, or a line of JSON each.",
             "content": {_LINES: {"schema": {"type": "string"}}},
+        }
+    if route.action == "metrics":
+        return {
+            "description": SCHEMAS[route.gives]["description"],
+            "content": {_PROMETHEUS: {"schema": schema}, _OPEN_METRICS: {}},
         }
     if route.action == "generate_stream":
         return {

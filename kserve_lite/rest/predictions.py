@@ -30,7 +30,8 @@ from kserve_lite.messages import (
     asked_deadline,
 )
 from kserve_lite.model import Model, Plan
-from kserve_lite.rest.replies import JSON, Client, Reply, error_body, json_reply
+from kserve_lite.records import Record
+from kserve_lite.rest.replies import JSON, Reply, error_body, json_reply
 from kserve_lite.rest.routes import Match
 from kserve_lite.wire.events import Buffer, RawHeaders, Request
 
@@ -38,9 +39,11 @@ _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 # The binary tensor extension's header: the bytes of JSON before the tensors.
 JSON_SIZE = "inference-header-content-length"
-# What frames a message is the server's to say, whatever a handler sets.
+# What frames a message, and its ids, are the server's to say, whatever a handler sets.
 _FRAMING = frozenset(
     (
+        "x-request-id",
+        "traceparent",
         "content-length",
         "transfer-encoding",
         "connection",
@@ -81,7 +84,7 @@ class Predictions:
         request: Request,
         leads_to: Match,
         body: Buffer,
-        client: Client,
+        record: Record,
         verb: Stage = _PREDICT,
     ) -> Reply:
         dataplane = self.dataplane
@@ -91,7 +94,7 @@ class Predictions:
         plan = model.plan(verb)
         if not plan:
             raise Unsupported(f"Model {model.name} has no {verb} handler.")
-        context = _context(request, model, "v1", client)
+        context = _context(request, model, "v1", record)
         entry = plan[0]
         payload: Any
         if entry.form is _JSON_FORM:
@@ -119,9 +122,9 @@ class Predictions:
         return await self._v1_stream(model, context, answer)
 
     async def v1_explain(
-        self, request: Request, leads_to: Match, body: Buffer, client: Client
+        self, request: Request, leads_to: Match, body: Buffer, record: Record
     ) -> Reply:
-        return await self.v1_predict(request, leads_to, body, client, Stage.EXPLAIN)
+        return await self.v1_predict(request, leads_to, body, record, Stage.EXPLAIN)
 
     async def _v1_stream(
         self, model: Model, context: Context, answer: StreamAnswer
@@ -160,13 +163,13 @@ class Predictions:
             await items.aclose()
 
     async def v2_infer(
-        self, request: Request, leads_to: Match, body: Buffer, client: Client
+        self, request: Request, leads_to: Match, body: Buffer, record: Record
     ) -> Reply:
         dataplane = self.dataplane
         model = dataplane.find(leads_to.model, leads_to.version)
         if model.is_checked:
             await dataplane.check(model)
-        context = _context(request, model, "v2", client)
+        context = _context(request, model, "v2", record)
         json_size = None
         if JSON_SIZE in request.headers:
             json_size = _json_size(request.headers[JSON_SIZE], body, model)
@@ -188,9 +191,9 @@ class Predictions:
         return Reply(200, (_BINARY, size, *own), pieces)
 
     async def generate(
-        self, request: Request, leads_to: Match, body: Buffer, client: Client
+        self, request: Request, leads_to: Match, body: Buffer, record: Record
     ) -> Reply:
-        generated = await self._generated(request, leads_to, body, client)
+        generated = await self._generated(request, leads_to, body, record)
         answer = generated.answer
         if isinstance(answer, StreamAnswer):
             answer = await _joined(answer)
@@ -199,10 +202,10 @@ class Predictions:
         return json_reply(written, headers=own)
 
     async def generate_stream(
-        self, request: Request, leads_to: Match, body: Buffer, client: Client
+        self, request: Request, leads_to: Match, body: Buffer, record: Record
     ) -> Reply:
         """Begin a stream: only with its first item are headers and success known."""
-        generated = await self._generated(request, leads_to, body, client)
+        generated = await self._generated(request, leads_to, body, record)
         answer = generated.answer
         items = answer.items if isinstance(answer, StreamAnswer) else _one(answer)
         try:
@@ -215,13 +218,13 @@ class Predictions:
         return Reply(200, headers, self._events(head, items, generated))
 
     async def _generated(
-        self, request: Request, leads_to: Match, body: Buffer, client: Client
+        self, request: Request, leads_to: Match, body: Buffer, record: Record
     ) -> _Generated:
         dataplane = self.dataplane
         model = dataplane.find(leads_to.model, leads_to.version)
         if model.is_checked:
             await dataplane.check(model)
-        context = _context(request, model, "generate", client)
+        context = _context(request, model, "generate", record)
         members = generate.decode(body)
         plan = model.plan(_PREDICT)
         payload: Any = members
@@ -316,12 +319,10 @@ def _json_size(text: str, body: Buffer, model: Model) -> int:
     )
 
 
-def _context(request: Request, model: Model, protocol: str, client: Client) -> Context:
+def _context(request: Request, model: Model, protocol: str, record: Record) -> Context:
     headers = request.headers
     deadline = asked_deadline(headers) if "x-request-timeout-ms" in headers else None
-    return Context(
-        model.name, model.version, protocol, headers, deadline, client.is_gone
-    )
+    return Context(model.name, model.version, protocol, headers, deadline, record)
 
 
 def _own_headers(context: Context) -> RawHeaders:

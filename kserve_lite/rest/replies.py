@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import orjson
 
-from kserve_lite.errors import InferenceFault, Kind, ModelFailed
+from kserve_lite.errors import InferenceFault, Kind
 from kserve_lite.wire.events import Buffer, RawHeaders
 
 # Total over the kinds, which a test holds. Nobody sees a cancelled request's answer.
@@ -25,19 +25,6 @@ STATUS: dict[Kind, int] = {
 }
 
 JSON = (b"content-type", b"application/json")
-
-
-class Client(Protocol):
-    """Who asks.
-
-    peer: the host that the connection comes from; empty where it is not known.
-    """
-
-    @property
-    def peer(self) -> str: ...
-
-    def is_gone(self) -> bool:
-        """Whether the peer has gone, or is about to."""
 
 
 class Reply(NamedTuple):
@@ -70,10 +57,8 @@ def error_body(fault: InferenceFault) -> bytes:
 
 
 def fault_reply(fault: InferenceFault) -> Reply:
-    """Translate a fault; a failed model's answer carries the request's id."""
+    """Translate a fault."""
     headers: RawHeaders = ()
-    if isinstance(fault, ModelFailed):
-        headers = ((b"x-request-id", fault.request_id.encode("ascii")),)
-    elif fault.kind is Kind.OVERLOADED:
+    if fault.kind is Kind.OVERLOADED:
         headers = ((b"retry-after", b"1"),)
     return json_reply(error_body(fault), STATUS[fault.kind], headers)

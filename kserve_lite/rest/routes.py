@@ -47,6 +47,7 @@ _LOAD = "/v2/repository/models/{model}"
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/", "alive", "Whether the server answers", "Alive"),
     Route("GET", "/openapi.json", "openapi", "What this API is", "OpenApi"),
+    Route("GET", "/metrics", "metrics", "What is counted, for Prometheus", "Metrics"),
     Route("GET", "/v1/models", "model_names", "The models' names", "ModelNames"),
     Route(
         "GET",
@@ -122,11 +123,15 @@ ROUTES: tuple[Route, ...] = (
 
 
 class Match(NamedTuple):
-    """What one method of a path leads to."""
+    """What one method of a path leads to.
+
+    protocol: "v1", "v2" or "generate"; "http" where no protocol of inference is asked.
+    """
 
     action: str
     model: str
     version: str | None
+    protocol: str
 
 
 # Remembered paths are bounded in number and in length: a peer chooses them.
@@ -155,12 +160,22 @@ def _match(target: str) -> dict[str, Match]:
         values = _fit(route.pattern.split("/"), segments)
         if values is not None:
             leads_to = Match(
-                route.action, values.get("model", ""), values.get("version")
+                route.action,
+                values.get("model", ""),
+                values.get("version"),
+                _protocol_of(route),
             )
             found[route.method] = leads_to
             if route.method == "GET":
                 found["HEAD"] = leads_to
     return found
+
+
+def _protocol_of(route: Route) -> str:
+    if route.action.startswith("generate"):
+        return "generate"
+    first = route.pattern.split("/")[1]
+    return first if first in ("v1", "v2") else "http"
 
 
 def _fit(pattern: list[str], segments: list[str]) -> dict[str, str] | None:

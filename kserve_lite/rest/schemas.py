@@ -53,6 +53,7 @@ _PARTS = ("compute_input", "compute_infer", "compute_output")
 _ASKED_OF_THE_SERVER: dict[str, Schema] = {
     "Error": _object("error", error=_said("What went wrong.", _TEXT)),
     "OpenApi": _said("A document such as this one.", _object("openapi")),
+    "Metrics": _said("Prometheus text; OpenMetrics where that is accepted.", _TEXT),
     "Alive": _object("status", status={"const": "alive"}),
     "Live": _object("live", live=_TRUE),
     "Ready": _object("ready", ready=_TRUE),

@@ -13,6 +13,7 @@ from grpclib.server import request_handler
 
 from kserve_lite.dispatch.dataplane import DataPlane
 from kserve_lite.dispatch.repository import Repository
+from kserve_lite.records import Record
 from kserve_lite.rpc.call import Call, CallStream
 from kserve_lite.rpc.health import SERVICE as HEALTH
 from kserve_lite.rpc.health import HealthService
@@ -49,7 +50,9 @@ class Rpc:
             path: method.unary for path, method in methods.items() if method.unary
         }
 
-    async def answer(self, request: Request, stream: CallStream) -> None:
+    async def answer(
+        self, request: Request, stream: CallStream, record: Record
+    ) -> None:
         """Run one call on its stream; raises nothing but CancelledError.
 
         Then the peer has gone or the server gives up, and nothing is sent.
@@ -58,7 +61,10 @@ class Rpc:
         grpclib has every other call, and ends those that fail.
         """
         headers = request.headers
-        call: Any = Call(stream, request, self._limit)
+        call: Any = Call(stream, request, self._limit, record)
+        record.protocol = "grpc"
+        if request.target in self._mapping:
+            record.action = request.target.rpartition("/")[2]
         unary = self._unary.get(request.target)
         if (
             unary is not None

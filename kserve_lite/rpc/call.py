@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeAlias
 
+from grpclib.const import Status
 from grpclib.metadata import encode_metadata
 
 from kserve_lite.errors import InvalidInput
 from kserve_lite.messages import asked_deadline
+from kserve_lite.records import Record
 from kserve_lite.rpc.compression import ACCEPTED, inflate, too_long
 from kserve_lite.wire.events import (
     Buffer,
@@ -40,10 +42,6 @@ Idle: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 class CallStream(Protocol):
     """One HTTP/2 stream that carries a call."""
-
-    @property
-    def peer(self) -> str:
-        """The host of the peer; empty where it is not known."""
 
     def send(self, *events: Outgoing) -> None:
         """Write events; never blocks, never raises for a lost connection."""
@@ -70,9 +68,6 @@ class CallStream(Protocol):
     def abort(self) -> None:
         """Cut the stream, so that the peer sees that the answer is incomplete."""
 
-    def is_gone(self) -> bool:
-        """Whether the peer has gone."""
-
 
 # The gRPC specification's TimeoutValue: at most 8 digits.
 _TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])")
@@ -92,7 +87,7 @@ _SMALL = 4096
 class Call:
     """One call, from its head to its status.
 
-    host: of the peer; empty where it is not known. is_gone: whether the peer has gone.
+    record: what is known of it; its code is set here.
     initial: metadata to be sent with the first message.
     fault: what the call has failed with, for grpclib to end it.
     """
@@ -110,15 +105,15 @@ class Call:
         "_started",
         "_stream",
         "fault",
-        "host",
         "initial",
-        "is_gone",
+        "record",
         "wrapper",
     )
 
-    def __init__(self, stream: CallStream, request: Request, limit: int) -> None:
-        self.host = stream.peer
-        self.is_gone = stream.is_gone
+    def __init__(
+        self, stream: CallStream, request: Request, limit: int, record: Record
+    ) -> None:
+        self.record = record
         self.initial: dict[str, str | bytes] | None = None
         self.wrapper: Any = None
         self.fault: Exception | None = None
@@ -205,9 +200,12 @@ class Call:
         stream = self._stream
         only = message if isinstance(message, bytes) else message[0]
         size = len(only)
+        record = self.record
+        record.code = "OK"
         if size <= _SMALL and (only is message or len(message) == 1):
             body = b"\0" + size.to_bytes(4, "big") + only
-            stream.send(Response(self._id, 200, self._head(), body, OK))
+            record.sent = size + 5
+            stream.send(Response(self._id, 200, self._head(), body, OK, record.fields))
             return
         stream.send(*self._framed(message), Trailers(self._id, OK))
         if stream.stalled:
@@ -217,11 +215,14 @@ class Call:
         """The events of a message, whose large pieces are not copied."""
         stream_id = self._id
         pieces = [message] if isinstance(message, bytes) else message
-        prefix = b"\0" + sum(map(len, pieces)).to_bytes(4, "big")
+        size = sum(map(len, pieces))
+        prefix = b"\0" + size.to_bytes(4, "big")
+        self.record.sent += size + 5
         events: list[Outgoing] = []
         if not self._begun:
             self._begun = True
-            events.append(Response(stream_id, 200, self._head()))
+            own = self.record.fields
+            events.append(Response(stream_id, 200, self._head(), own=own))
         for piece in pieces:
             if prefix and len(piece) <= _SMALL:
                 piece = prefix + piece
@@ -262,17 +263,28 @@ class Call:
         self, headers: list[tuple[str, str]], end_stream: bool = False
     ) -> None:
         """Send the status: after messages as trailers, else as the whole answer."""
+        self.record.code = _code_of(headers)
         own = [pair for pair in headers if pair[0] not in _HEAD_NAMES]
         if self._begun:
             trailers = OK if own == _OK else _encoded(own)
             self._stream.send(Trailers(self._id, trailers))
         else:
-            head = Response(self._id, int(headers[0][1]), HEAD + _encoded(own))
+            fields = self.record.fields
+            known = {name for name, _ in fields}
+            said = [pair for pair in _encoded(own) if pair[0] not in known]
+            status = int(headers[0][1])
+            head = Response(self._id, status, (*HEAD, *said), own=fields)
             self._stream.send(head, EndOfMessage(self._id))
 
 
 _OK = [("grpc-status", "0")]
 _HEAD_NAMES = (":status", "content-type")
+
+
+def _code_of(headers: list[tuple[str, str]]) -> str:
+    """The name of the status in trailers, or of the lack of one."""
+    text = dict(headers).get("grpc-status", "2")
+    return Status(int(text)).name
 
 
 def _encoded(headers: Iterable[tuple[str, str]]) -> RawHeaders:

@@ -28,9 +28,9 @@ from kserve_lite.messages import (
     InferRequest,
     InferResponse,
     StreamAnswer,
-    new_id,
 )
 from kserve_lite.model import Model
+from kserve_lite.records import new_id
 from kserve_lite.rpc.call import Call, Message
 from kserve_lite.rpc.methods import Action, Messages, Method, methods_of
 from kserve_lite.rpc.statuses import text_of
@@ -189,6 +189,7 @@ class InferenceService:
         """The model that a request asks for, the context, the request, whether raw."""
         message = parsed.message
         dataplane = self.dataplane
+        call.record.model = message.model_name
         model = dataplane.find(message.model_name, message.model_version or None)
         if model.is_checked:
             await dataplane.check(model)
@@ -199,7 +200,7 @@ class InferenceService:
             "grpc",
             call.headers(),
             call.deadline(),
-            call.is_gone,
+            call.record,
         )
         return model, context, request, raw
 
@@ -236,7 +237,7 @@ class InferenceService:
         return message_from(_RepositoryIndexResponse, {"models": models})
 
     async def model_load(self, request: Any, call: Call) -> Any:
-        self.repository.check_control(call.host, call.headers())
+        self.repository.check_control(call.record.peer, call.headers())
         check_count("parameters", request.parameters)
         check_load_parameters(request.parameters)
         name = request.triton_model_name or request.model_name
@@ -244,7 +245,7 @@ class InferenceService:
         return _ModelLoadResponse(model_name=name, isLoaded=True)
 
     async def model_unload(self, request: Any, call: Call) -> Any:
-        self.repository.check_control(call.host, call.headers())
+        self.repository.check_control(call.record.peer, call.headers())
         name = request.triton_model_name or request.model_name
         await self.repository.unload_named(name)
         return _ModelUnloadResponse(model_name=name, isUnloaded=True)

@@ -9,23 +9,33 @@ from __future__ import annotations
 import logging
 import traceback
 from functools import cached_property
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
+import anyio.to_thread
 
 from kserve_lite.counters import Board
 from kserve_lite.dispatch.dataplane import DataPlane
 from kserve_lite.dispatch.repository import Repository
 from kserve_lite.errors import StartupError
 from kserve_lite.handlers import Stage
+from kserve_lite.metrics import IN_FLIGHT, RequestCounts
 from kserve_lite.model import Model
+from kserve_lite.records import Record
 from kserve_lite.registry import Registry
 from kserve_lite.rest.endpoints import Endpoints
+from kserve_lite.rest.replies import Reply
+from kserve_lite.server.access import AccessLog
+from kserve_lite.server.metrics import Metrics
 from kserve_lite.server.settings import Settings
+from kserve_lite.server.tracing import Tracing, make_tracing
+from kserve_lite.transports.exchange import App, Rpc
+from kserve_lite.wire.events import Buffer, Request
 
 if TYPE_CHECKING:
-    from kserve_lite.rpc.app import Rpc
+    from kserve_lite.rpc.call import CallStream
 
 log = logging.getLogger("kserve_lite")
 
@@ -34,7 +44,8 @@ class Application:
     """The models of a server, from their loading to their unloading.
 
     board, index: where its process counts, and the number of its sheet there.
-    rest: answers HTTP requests. rpc: answers gRPC calls.
+    own_process: whether the process is the server's, not a program's that embeds it.
+    Whoever brings requests to `answer` and `call` tells `ended` when each is over.
     Raises StartupError without a model.
     """
 
@@ -45,6 +56,7 @@ class Application:
         *,
         board: Board | None = None,
         index: int = 0,
+        own_process: bool = False,
     ) -> None:
         if not models:
             raise StartupError("there is no model to serve: give at least one")
@@ -52,40 +64,105 @@ class Application:
         self.sheet = self.board.sheets[index]
         self.models = models
         self.settings = settings
-        self.dataplane = DataPlane(Registry(), settings.dispatch)
+        self.dataplane = DataPlane(
+            Registry(), settings.dispatch, board=self.board, index=index
+        )
         self.repository = Repository(self.dataplane)
-        self.rest = Endpoints(self.dataplane, self.repository)
+        self._rest = Endpoints(
+            self.dataplane,
+            self.repository,
+            metrics=Metrics(self.board, publish=self._publish).render,
+        )
+        self._tracing = make_tracing(
+            settings.server.enable_tracing, own_process=own_process
+        )
+        if self._tracing is not None:
+            self.dataplane.stages.span = self._tracing.stage
+        self._access = AccessLog(settings.server)
+        self._writes = settings.server.access_log
+        self._count = RequestCounts(self.sheet, self._is_known).count
         # Made when they are entered: this may be built outside an event loop.
         self._loading: anyio.CancelScope | None = None
         self._unloading: anyio.CancelScope | None = None
 
     @cached_property
-    def rpc(self) -> Rpc:
-        # Late: grpclib and protobuf take 0.1 s and 7 MB.
-        from kserve_lite.rpc.app import Rpc
+    def answer(self) -> App:
+        """Answers HTTP requests."""
+        answer, tracing = self._rest.answer, self._tracing
+        if tracing is None:
+            return answer
 
-        return Rpc(
-            self.dataplane,
-            self.repository,
-            max_message_size=self.settings.wire.max_body_size,
-        )
+        async def traced(request: Request, body: Buffer, record: Record) -> Reply:
+            tracing.begin(record)
+            return await answer(request, body, record)
+
+        return traced
+
+    @cached_property
+    def call(self) -> Rpc | None:
+        """Answers gRPC calls; None where they are not to be served."""
+        if not self.settings.server.enable_grpc:
+            return None
+        # Late: grpclib and protobuf take 0.1 s and 7 MB.
+        from kserve_lite.rpc.app import Rpc as Services
+
+        limit = self.settings.wire.max_body_size
+        services = Services(self.dataplane, self.repository, max_message_size=limit)
+        answer, tracing = services.answer, self._tracing
+        if tracing is None:
+            return answer
+
+        async def traced(request: Request, stream: CallStream, record: Record) -> None:
+            tracing.begin(record)
+            await answer(request, stream, record)
+
+        return traced
+
+    def ended(self, record: Record) -> None:
+        """Count and log a request that is over."""
+        self._count(record)
+        if self._writes:
+            self._access.write(record)
+        if self._tracing is not None:
+            self._tracing.end(record)
+
+    def _is_known(self, name: str) -> bool:
+        return name in self.dataplane.registry
+
+    def _publish(self) -> None:
+        """Bring what holds at this moment onto the sheet."""
+        in_flight = dict.fromkeys(self.dataplane.registry.names(), 0)
+        for model, running in self.dataplane.running.items():
+            in_flight[model.name] += running.in_flight
+        for name, number in in_flight.items():
+            IN_FLIGHT.on(self.sheet, name).set(number)
 
     def register(self) -> None:
         """Make the models known, so that requests for them are "not ready" yet."""
         model_dir = Path(self.settings.server.model_dir)
+        name = self.settings.server.model_name
+        names = {model.name for model in self.models}
+        if name and len(names) > 1:
+            raise StartupError(
+                f"model_name {name!r} is for one model, and there are {len(names)}: "
+                f"leave it out, or serve one of {', '.join(sorted(names))}"
+            )
         for model in self.models:
             model.freeze()
+            model.name = name or model.name
             model.model_dir = model_dir
             self.dataplane.registry.add(model)
 
-    async def load(self) -> None:
+    async def load(self, leave_out: Container[str] = ()) -> None:
         """Load every model in turn; raise StartupError, with the place, if one fails.
 
-        Returns early where a stop is asked for meanwhile.
+        leave_out: names of models that are as good as unloaded again. Returns early where a stop is asked for meanwhile.
         """
         with anyio.CancelScope() as self._loading:
             for model in self.models:
-                if self.dataplane.accepting:
+                if model.name in leave_out:
+                    await self.repository.unload(model)
+                elif self.dataplane.accepting:
                     await self._load(model)
 
     async def _load(self, model: Model) -> None:
@@ -119,6 +196,9 @@ class Application:
                 await self.repository.unload(model)
         self._unloading = None
         self.dataplane.close()
+        if self._tracing is not None:
+            await anyio.to_thread.run_sync(self._tracing.close)
+        self._access.close()
 
 
 def _where(model: Model, error: BaseException) -> str:

@@ -9,21 +9,42 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import anyio
 
+from kserve_lite.counters import Board, State
+from kserve_lite.errors import SettingsError
 from kserve_lite.model import Model
 from kserve_lite.server.application import Application
 from kserve_lite.server.settings import Settings, make_settings
-from kserve_lite.server.sockets import PortInUse, listen_on
+from kserve_lite.server.sockets import Ports, open_ports
 from kserve_lite.server.tls import tls_context
+from kserve_lite.transports.accepting import Share
 from kserve_lite.transports.listener import Listener
 
 log = logging.getLogger("kserve_lite")
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """What a server is given that is one of several on the same ports.
+
+    board, index: of all of them, and the number of its own sheet. ports: they listen
+    already. admitted: returns when it may accept connections, which is asked when its
+    models are loaded; without it, it accepts at once. unloaded: names of models that it
+    does not load.
+    """
+
+    board: Board
+    index: int
+    ports: Ports
+    admitted: Callable[[], Awaitable[None]] | None = None
+    unloaded: frozenset[str] = frozenset()
 
 
 class Server:
@@ -34,13 +55,27 @@ class Server:
     `server.stop()` or cancellation.
     """
 
-    def __init__(self, models: tuple[Model, ...], settings: Settings) -> None:
+    def __init__(
+        self,
+        models: tuple[Model, ...],
+        settings: Settings,
+        *,
+        seat: Seat | None = None,
+        own_process: bool = False,
+    ) -> None:
         self.settings = settings
-        self.application = Application(models, settings)
+        self._seat = seat
+        self.application = Application(
+            models,
+            settings,
+            board=seat.board if seat else None,
+            index=seat.index if seat else 0,
+            own_process=own_process,
+        )
         self.dataplane = self.application.dataplane
         self.report = ""
-        self._port: int | None = None
-        self._grpc_port: int | None = None
+        self.drained = self.aborted = 0
+        self._ports: list[int] = []
         self._stopping = anyio.Event()
         # Made when it is entered: a Server may be built outside an event loop.
         self._finishing: anyio.CancelScope | None = None
@@ -50,14 +85,14 @@ class Server:
     @property
     def port(self) -> int:
         """The port that it listens on, also where the setting was 0."""
-        if self._port is None:
+        if not self._ports:
             raise RuntimeError("the server does not listen yet: enter it first")
-        return self._port
+        return self._ports[0]
 
     @property
     def grpc_port(self) -> int | None:
         """The second port, which serves the same; None where there is none."""
-        return self._grpc_port
+        return self._ports[1] if len(self._ports) > 1 else None
 
     @property
     def url(self) -> str:
@@ -74,6 +109,7 @@ class Server:
         Asked for once more, `at_once` also gives up an unload handler that hangs.
         """
         self._stopping.set()
+        self.application.sheet.state = State.STOPPING
         self.application.stop()
         if at_once:
             if self._finishing is not None:
@@ -117,8 +153,10 @@ class Server:
         self._finishing = draining = anyio.CancelScope(shield=True)
         server = self.settings.server
         self._listener = Listener(
-            self.application.rest.answer,
-            rpc=self.application.rpc.answer if server.enable_grpc else None,
+            self.application.answer,
+            rpc=self.application.call,
+            ended=self.application.ended,
+            sheet=self.application.sheet,
             tls=tls_context(
                 server.ssl_certfile, server.ssl_keyfile, server.ssl_ca_certs
             ),
@@ -136,32 +174,42 @@ class Server:
                 await self.application.unload()
 
     async def _startup(self) -> None:
-        self.application.register()
-        server = self.settings.server
-        sockets = listen_on(server.host, server.http_port)
-        self._port = sockets[0].getsockname()[1]
-        await self._listener.listen(sockets)
-        if server.enable_grpc:
-            await self._listen_twice()
-        await self.application.load()
+        application, seat = self.application, self._seat
+        application.register()
+        ports = seat.ports if seat else open_ports(self.settings)
+        self._ports = ports.numbers
+        if seat is None or seat.admitted is None:
+            application.sheet.state = State.SERVING
+            await self._listen(ports)
+            await application.load(seat.unloaded if seat else ())
+        else:
+            application.sheet.state = State.STARTING
+            await application.load(seat.unloaded)
+            await self._admission(seat.admitted)
+            await self._listen(ports)
+        if not self.stopped:
+            application.sheet.state = State.READY
 
-    async def _listen_twice(self) -> None:
-        """Open the second port, unless nobody asked for it and it cannot be had."""
-        server = self.settings.server
-        asked = "grpc_port" in self.settings.given
-        if not asked and 0 in (server.http_port, server.grpc_port):
+    async def _listen(self, ports: Ports) -> None:
+        if self.stopped:
+            ports.close()
             return
-        if server.grpc_port == server.http_port != 0:
-            return
-        try:
-            sockets = listen_on(server.host, server.grpc_port, "grpc_port")
-        except PortInUse as error:
-            if asked:
-                raise
-            log.warning("%s; without it, gRPC is served on %d", error, self.port)
-            return
-        self._grpc_port = sockets[0].getsockname()[1]
-        await self._listener.listen(sockets)
+        seat = self._seat
+        share = Share(seat.board, seat.index) if seat else None
+        for sockets in ports:
+            await self._listener.listen(sockets, share)
+
+    async def _admission(self, admitted: Callable[[], Awaitable[None]]) -> None:
+        """Wait for it; or for a stop, which comes instead."""
+        async with anyio.create_task_group() as tasks:
+
+            async def give_up() -> None:
+                await self.wait_stopped()
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(give_up)
+            await admitted()
+            tasks.cancel_scope.cancel()
 
     async def _shutdown(self) -> None:
         """Let what is in flight finish, within the grace period."""
@@ -172,12 +220,17 @@ class Server:
             with anyio.move_on_after(self.settings.dispatch.grace_period):
                 await self._listener.drain()
         finally:
-            aborted = self._listener.in_flight
-            self.report = (
-                f"drained {max(0, in_flight - aborted)}, aborted {aborted}, "
-                f"in {time.monotonic() - started:.1f} s"
-            )
-            log.info("stopped: %s", self.report)
+            self.aborted = aborted = self._listener.in_flight
+            self.drained = drained = max(0, in_flight - aborted)
+            self.report = report(drained, aborted, time.monotonic() - started)
+            # Of several that stop the supervisor reports the sum.
+            level = logging.DEBUG if self._seat else logging.INFO
+            log.log(level, "stopped: %s", self.report)
+
+
+def report(drained: int, aborted: int, seconds: float) -> str:
+    """What a stop tells."""
+    return f"drained {drained}, aborted {aborted}, in {seconds:.1f} s"
 
 
 def serve(*models: Model, **settings: Any) -> Server:
@@ -189,4 +242,10 @@ def serve(*models: Model, **settings: Any) -> Server:
     variables and leaves nothing behind. Raises SettingsError for unknown settings;
     entering it raises StartupError for a port in use or a load that fails.
     """
-    return Server(models, make_settings(settings))
+    made = make_settings(settings)
+    if made.server.workers > 1 or made.server.reload:
+        raise SettingsError(
+            "workers and reload start processes of their own, and serve() serves in "
+            "the one that calls it: use run(), or the command kserve-lite run"
+        )
+    return Server(models, made)

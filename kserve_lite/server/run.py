@@ -1,4 +1,8 @@
-"""`run(model)`: a server that owns its process, with flags, signals and logs."""
+"""`run(model)`: a server that owns its process, with flags, signals and logs.
+
+With several workers the process supervises others, which run the same program and come
+here, too; which of these it is, this file finds out.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,8 @@ from kserve_lite.server.banner import banner
 from kserve_lite.server.lifecycle import Server
 from kserve_lite.server.logs import configure_logging
 from kserve_lite.server.settings import Settings, make_settings, parse_flags
+from kserve_lite.server.supervisor import supervise
+from kserve_lite.server.worker import Worker, assignment, unblock_signals
 
 log = logging.getLogger("kserve_lite")
 
@@ -54,17 +60,33 @@ def run(*models: Model, argv: Sequence[str] | None = None, **settings: Any) -> N
             description="Serve the models of this program.",
         )
         serve_process(
-            models, make_settings(settings, environment=os.environ, flags=flags)
+            lambda: models,
+            make_settings(settings, environment=os.environ, flags=flags),
+            _folder(),
         )
     except KServeLiteError as error:
         fail(error)
 
 
+def _folder() -> Path:
+    """Where the program is that runs."""
+    program = Path(sys.argv[0])
+    return program.resolve().parent if program.is_file() else Path.cwd()
+
+
 def fail(error: KServeLiteError) -> None:
-    """End the process with one line that says why."""
-    line = " ".join(str(error).split())
-    print(f"kserve-lite: {line}", file=sys.stderr, flush=True)
+    """End the process with one line that says why; of many workers' lines, with one."""
+    _tell(error)
     sys.exit(1)
+
+
+def _tell(error: BaseException) -> None:
+    line = " ".join(str(error).split())
+    given = assignment()
+    if given is not None:
+        given.fail(line)
+    else:
+        print(f"kserve-lite: {line}", file=sys.stderr, flush=True)
 
 
 # Seconds after which a thread that keeps the interpreter gives it up to one that waits,
@@ -73,16 +95,32 @@ def fail(error: KServeLiteError) -> None:
 SWITCH_INTERVAL = 0.0001
 
 
-def serve_process(models: tuple[Model, ...], settings: Settings) -> None:
-    """Serve in this process until a signal; or raise KServeLiteError."""
-    configure_logging(settings.server.log_level)
+def serve_process(
+    find: Callable[[], tuple[Model, ...]], settings: Settings, *folders: Path
+) -> None:
+    """Serve in this process, or in several, until a signal; or raise KServeLiteError.
+
+    find: returns the models; not called where other processes serve. folders: with the
+    program's files.
+    """
+    given = assignment()
+    if given is None and (settings.server.workers > 1 or settings.server.reload):
+        configure_logging(settings.server)
+        supervise(settings, *folders)
+        return
+    models = find()
+    # A program that configures logging does so while it is imported.
+    configure_logging(settings.server)
     _keep_freed_memory()
     sys.setswitchinterval(SWITCH_INTERVAL)
-    server = Server(models, settings)
+    worker = Worker(given) if given is not None else None
+    seat = worker.seat if worker is not None else None
+    server = Server(models, settings, seat=seat, own_process=True)
     try:
         anyio.run(
             _serve_until_signal,
             server,
+            worker,
             backend_options={"use_uvloop": _use_uvloop(settings.server.event_loop)},
         )
     finally:
@@ -113,18 +151,26 @@ def _use_uvloop(event_loop: str) -> bool:
     return installed and event_loop != "asyncio"
 
 
-async def _serve_until_signal(server: Server) -> None:
+async def _serve_until_signal(server: Server, worker: Worker | None) -> None:
     async with anyio.create_task_group() as tasks:
         if threading.current_thread() is threading.main_thread():
-            await tasks.start(_watch_signals, server)
+            await tasks.start(_watch_signals, server, worker is not None)
+        if worker is not None:
+            await worker.open(server)
+            unblock_signals()
+            tasks.start_soon(worker.run)
         failure: KServeLiteError | None = None
         try:
             async with server:
-                if not server.stopped:
+                if not server.stopped and worker is not None:
+                    worker.ready(_banner(server))
+                elif not server.stopped:
                     print(_banner(server), file=sys.stderr, flush=True)
                 await server.wait_stopped()
         except KServeLiteError as error:  # kept out of the task group, which wraps it
             failure = error
+        if worker is not None and failure is None:
+            worker.stopped()
         tasks.cancel_scope.cancel()
     if failure is not None:
         raise failure
@@ -142,12 +188,19 @@ def _banner(server: Server) -> str:
 
 
 async def _watch_signals(
-    server: Server, *, task_status: anyio.abc.TaskStatus[None]
+    server: Server, is_worker: bool, *, task_status: anyio.abc.TaskStatus[None]
 ) -> None:
-    """The first signal stops the server, the second one at once."""
+    """The first signal stops the server, the second one at once.
+
+    Not in a worker: a terminal, or systemd, sends signals to all processes, and the
+    supervisor passes on what they mean.
+    """
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         task_status.started()
         async for number in signals:
+            if is_worker:
+                server.stop()
+                continue
             log.info("%s: stopping", signal.Signals(number).name)
             server.stop(at_once=server.stopped)
 
@@ -157,8 +210,7 @@ def _leave(server: Server) -> None:
     error = sys.exc_info()[1]
     log.warning("%d handlers still run; leaving without them", server.dataplane.threads)
     if error is not None:
-        line = " ".join(str(error).split())
-        print(f"kserve-lite: {line}", file=sys.stderr)
+        _tell(error)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -3,7 +3,8 @@
 Each layer defines its own small frozen dataclass; here they are put together, and the
 command line, the environment and keyword arguments are read by walking their fields.
 What is not a field is an error that names the nearest one. A flag beats the
-environment, which beats an argument of `run()`, which beats the default.
+environment, which beats an argument of `run()`, which beats the default; storage_uri
+and model_dir are one thing in this, and from the same place model_dir wins.
 """
 
 from __future__ import annotations
@@ -19,26 +20,70 @@ from typing import Any, NoReturn
 
 from kserve_lite.dispatch.settings import DispatchSettings
 from kserve_lite.errors import SettingsError
+from kserve_lite.server.storage import local_folder
+from kserve_lite.server.values import SWITCHES, convert
 from kserve_lite.transports.timeouts import ConnectionLimits
 from kserve_lite.version import __version__
 from kserve_lite.wire.limits import WireLimits
 
-# KServe and Knative say these in the environment.
-ENVIRONMENT = {"PORT": "http_port", "KSERVE_LOGLEVEL": "log_level"}
-CHOICES = {
-    "event_loop": ("auto", "asyncio", "uvloop"),
-    "log_format": ("text", "json"),
-    "log_level": ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+# What Knative, KServe and its webhook say. There is no variable for each setting: a
+# manifest has `args` for that, and Kubernetes makes KSERVE_LITE_PORT and its like, with
+# other meanings, where a service is named kserve-lite.
+ENVIRONMENT = {
+    "PORT": "http_port",
+    "STORAGE_URI": "storage_uri",
+    "KSERVE_LOGLEVEL": "log_level",
+    "KSERVE_TLS_CERT_FILE": "ssl_certfile",
+    "KSERVE_TLS_KEY_FILE": "ssl_keyfile",
 }
-_TRUE = frozenset(("y", "yes", "t", "true", "on", "1"))
-_FALSE = frozenset(("n", "no", "f", "false", "off", "0"))
+# What KServe's server has as flags, and what does their work here.
+ELSEWHERE = {
+    "max_threads": "max_asyncio_workers bounds the threads of every protocol",
+    "enable_docs_url": "/openapi.json is always there",
+    "configure_logging": "log_config takes a configuration of your own, and a program "
+    "that logs by itself can embed serve()",
+    "log_config_file": "log_config takes the file",
+    "access_log_format": "log_format chooses text or json, access_log turns it off",
+    "grpc_max_receive_message_length": "max_body_size bounds requests of every "
+    "protocol",
+    "grpc_max_send_message_length": "answers may have any size: leave it out",
+    "protocol": "every protocol is served: leave it out",
+} | dict.fromkeys(
+    (
+        "predictor_host",
+        "predictor_protocol",
+        "predictor_use_ssl",
+        "predictor_request_timeout_seconds",
+        "predictor_request_retries",
+        "enable_predictor_health_check",
+    ),
+    "this version forwards to no predictor: call it in the predict handler",
+)
+# What other servers call things, where the nearest name would be a wrong one.
+ELSEWHERE |= {
+    other: f"did you mean {name!r}?"
+    for other, name in {
+        "bind": "host",
+        "graceful_timeout": "grace_period",
+        "log_file": "log_config",
+        "model_path": "model_dir",
+        "threads": "max_asyncio_workers",
+        "timeout": "request_timeout",
+    }.items()
+} | {
+    name: f"write it into the program: {where}({name}=...)"
+    for name, where in {
+        "max_batch_size": "@model.predict",
+        "max_concurrency": "Model",
+    }.items()
+}
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
     """Where and how the server runs.
 
-    http_port: the port for every protocol; 0 takes a free one. $PORT sets it too.
+    http_port: the port for every protocol; 0 takes a free one.
     grpc_port: a second port, which serves the same. Unless it is given, the server does
         without where it is in use, and where http_port is 0.
     enable_grpc: whether to serve gRPC at all.
@@ -48,15 +93,24 @@ class ServerSettings:
         from; without it none is asked for.
     host: the address to listen on; the default is every IPv4 address of the machine,
         as a container needs it; 127.0.0.1 keeps the server to this machine.
+    model_name: the name to serve the model under, whatever its program calls it; for
+        one model only.
     model_dir: the folder with the model's files, what `model.path()` is relative to.
-    event_loop: auto takes uvloop where it is installed.
+    storage_uri: where the model's files are, as KServe says it: a folder, or
+        file:///folder. It becomes model_dir, unless that is given too.
+    event_loop: auto, asyncio or uvloop; auto takes uvloop where it is installed.
     workers: processes that serve, each with models of its own.
+    worker_timeout: seconds that the event loop of a worker may be blocked once its
+        models are loaded, by an async handler that computes say; then it is killed and
+        another one started. After one second the log tells. 0: never.
     reload: start again when a file of the program changes (development).
-    log_level: of the server's log lines. $KSERVE_LOGLEVEL sets it too.
+    log_level: of the server's log lines: DEBUG, INFO, WARNING, ERROR or CRITICAL.
     log_format: text for people, json for machines: one object a line.
     log_config: a file for logging.config.dictConfig, JSON or YAML, that takes the place
         of what log_level and log_format do.
     access_log: a line for each request.
+    enable_tracing: a span of OpenTelemetry for each request, sent where the OTEL_*
+        variables say; needs the extra [otel].
     """
 
     http_port: int = 8080
@@ -66,14 +120,18 @@ class ServerSettings:
     ssl_keyfile: str = ""
     ssl_ca_certs: str = ""
     host: str = "0.0.0.0"  # noqa: S104 - a container is reached from outside
+    model_name: str = ""
     model_dir: str = "/mnt/models"
+    storage_uri: str = ""
     event_loop: str = "auto"
     workers: int = 1
+    worker_timeout: float = 5.0
     reload: bool = False
     log_level: str = "INFO"
     log_format: str = "text"
     log_config: str = ""
     access_log: bool = True
+    enable_tracing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,17 +158,35 @@ _GROUPS: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting: where it belongs, its type, default and description."""
+    """One setting: where it belongs, its type, default and description.
+
+    variable: the name of the environment variable that sets it, or "".
+    """
 
     name: str
     group: str
     type: type
     default: Any
     text: str
+    variable: str
+
+    @property
+    def shown(self) -> str:
+        """The default, as people write it."""
+        if self.type is bool:
+            return str(self.default).lower()
+        if self.type is float:
+            return f"{self.default:g} s"
+        if self.text.startswith("bytes") and self.default:
+            for unit, size in (("MiB", 2**20), ("KiB", 2**10), ("bytes", 1)):
+                if self.default % size == 0:
+                    return f"{self.default // size} {unit}"
+        return str(self.default) or "none"
 
 
 def known_settings() -> dict[str, Setting]:
     """Every setting by name; descriptions come from the dataclasses' docstrings."""
+    variables = {name: variable for variable, name in ENVIRONMENT.items()}
     known = {}
     for group, layer in _GROUPS.items():
         texts = _descriptions(layer)
@@ -121,6 +197,7 @@ def known_settings() -> dict[str, Setting]:
                 type(item.default),
                 item.default,
                 texts.get(item.name, ""),
+                variables.get(item.name, ""),
             )
     return known
 
@@ -139,18 +216,32 @@ def make_settings(
 ) -> Settings:
     """Put settings together; raise SettingsError for unknown or unusable ones."""
     known = known_settings()
+    environment = environment or {}
+    _refuse_misspelt(environment)
     values: dict[str, Any] = {}
-    for name, value in (arguments or {}).items():
-        if name not in known:
-            raise SettingsError(_unknown(f"setting {name!r}", name, known))
-        values[name] = _convert(known[name], value, name)
-    for variable, name in ENVIRONMENT.items():
-        if environment and environment.get(variable):
-            values[name] = _convert(known[name], environment[variable], f"${variable}")
-    for name, text in (flags or {}).items():
-        values[name] = _convert(known[name], text, f"--{name}")
+    said: dict[str, tuple[int, str]] = {}
+    sources = (
+        {name: (name, value) for name, value in (arguments or {}).items()},
+        {
+            name: (f"${variable}", environment[variable])
+            for variable, name in ENVIRONMENT.items()
+            if environment.get(variable)
+        },
+        {name: (f"--{name}", text) for name, text in (flags or {}).items()},
+    )
+    for rank, source in enumerate(sources):
+        for name, (origin, value) in source.items():
+            if name not in known:
+                raise SettingsError(_unknown(f"setting {name!r}", name, known))
+            values[name] = convert(known[name].type, value, name=name, origin=origin)
+            said[name] = (rank, origin)
+    given = frozenset(values)
+    if values.get("storage_uri"):
+        rank, origin = said["storage_uri"]
+        if rank > said.get("model_dir", (-1, ""))[0]:
+            values["model_dir"] = local_folder(values["storage_uri"], origin)
     return Settings(
-        given=frozenset(values),
+        given=given,
         **{
             group: layer(
                 **{
@@ -170,7 +261,8 @@ def parse_flags(
     """Read a command line; return positional arguments and given flags, as text.
 
     `--http-port` and `--http_port` are the same. A switch may stand alone or have a
-    value (`--enable_latency_logging false`). Raises SettingsError for unknown flags.
+    value (`--enable_latency_logging false`); a flag that is given twice counts the last
+    time. Raises SettingsError for unknown flags.
     """
     known = known_settings()
     parser = _Parser(
@@ -185,7 +277,8 @@ def parse_flags(
             f"--{setting.name}",
             metavar=setting.type.__name__,
             default=argparse.SUPPRESS,
-            help=f"{text} Default: {setting.default}",
+            help=f"{text} Default: {setting.shown}"
+            + (f"; environment: ${setting.variable}" if setting.variable else ""),
         )
     given = vars(parser.parse_args(_plain_flags(argv, known)))
     return (
@@ -223,55 +316,27 @@ def _plain_flags(argv: Sequence[str], known: Mapping[str, Setting]) -> list[str]
         setting = known.get(flag[2:])
         if setting is not None and setting.type is bool and not equals:
             following = argv[index + 1].lower() if index + 1 < len(argv) else ""
-            if following not in _TRUE | _FALSE:
+            if following not in SWITCHES:
                 plain.append("true")
     return plain
 
 
 def _unknown(what: str, name: str, known: Mapping[str, Setting]) -> str:
+    if name in ELSEWHERE:
+        return f"there is no {what}; {ELSEWHERE[name]}"
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
     return f"there is no {what}; {hint}"
 
 
-def _convert(setting: Setting, value: Any, source: str) -> Any:
-    """Turn a value, text from outside or an argument, into the setting's type."""
-    try:
-        converted = _as_type(setting.type, value)
-    except (TypeError, ValueError):
-        raise SettingsError(
-            f"{source} must be {_EXPECTED[setting.type]}, got {value!r}"
-        ) from None
-    if setting.name == "log_level":
-        converted = converted.upper()
-    choices = CHOICES.get(setting.name)
-    if choices and converted not in choices:
-        raise SettingsError(
-            f"{source} must be one of {', '.join(choices)}, got {value!r}"
-        )
-    if isinstance(converted, (int, float)) and not 0 <= converted < 2**63:
-        raise SettingsError(f"{source} must not be negative or huge, got {value!r}")
-    if setting.name in ("http_port", "grpc_port") and converted > 65535:
-        raise SettingsError(f"{source} must be a port, 0 to 65535, got {value!r}")
-    return converted
-
-
-_EXPECTED = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number of seconds",
-    str: "text",
-}
-
-
-def _as_type(wanted: type, value: Any) -> Any:
-    if wanted is bool:
-        text = str(value).lower()
-        if text in _TRUE | _FALSE:
-            return text in _TRUE
-        raise ValueError
-    if wanted is str:
-        return str(value)
-    if isinstance(value, bool) or (wanted is int and isinstance(value, float)):
-        raise TypeError
-    return wanted(value)
+def _refuse_misspelt(environment: Mapping[str, str]) -> None:
+    """Refuse what can only be a variable of ours, spelt wrong: others are others'."""
+    for variable in environment:
+        if variable.startswith("KSERVE_") and variable not in ENVIRONMENT:
+            # KSERVE_TLS_CA_FILE would be another one, at 0.89.
+            close = difflib.get_close_matches(variable, ENVIRONMENT, n=1, cutoff=0.92)
+            if close:
+                raise SettingsError(
+                    f"there is no environment variable ${variable}; did you mean "
+                    f"${close[0]}?"
+                )

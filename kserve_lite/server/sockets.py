@@ -1,17 +1,17 @@
-"""Listening sockets."""
+"""Listening sockets: of one address, and the two ports of a server."""
 
 from __future__ import annotations
 
 import errno
+import logging
 import socket
-from typing import Any
+from typing import Any, NamedTuple
 
 from kserve_lite.errors import StartupError
+from kserve_lite.server.settings import Settings
+from kserve_lite.transports.timeouts import BACKLOG
 
-# Connections that the kernel holds until they are accepted; Linux caps it by
-# net.core.somaxconn (4096).
-BACKLOG = 2048
-
+log = logging.getLogger("kserve_lite")
 
 # Seconds without a word, seconds between probes, and probes: gone within two minutes.
 KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
@@ -19,6 +19,48 @@ KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 
 class PortInUse(StartupError):
     """Something listens on the port already."""
+
+
+class Ports(NamedTuple):
+    """The sockets of the port for everything, and of the second one, if there is one.
+
+    Supervisor and workers hold the same sockets, and so their one queue: whoever closes
+    them last refuses what still waits in it.
+    """
+
+    first: list[socket.socket]
+    second: list[socket.socket]
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of the ports, also where the setting was 0."""
+        return [sockets[0].getsockname()[1] for sockets in self if sockets]
+
+    def close(self) -> None:
+        for sock in (*self.first, *self.second):
+            sock.close()
+
+
+def open_ports(settings: Settings) -> Ports:
+    """Listen on the ports of the settings; raises StartupError.
+
+    The second one is left out if nobody asked for it and it cannot be had.
+    """
+    server = settings.server
+    first = listen_on(server.host, server.http_port)
+    asked = "grpc_port" in settings.given
+    is_same = server.grpc_port == server.http_port != 0
+    is_free = asked or 0 not in (server.http_port, server.grpc_port)
+    if is_same or not (server.enable_grpc and is_free):
+        return Ports(first, [])
+    try:
+        return Ports(first, listen_on(server.host, server.grpc_port, "grpc_port"))
+    except StartupError as error:
+        if asked or not isinstance(error, PortInUse):
+            Ports(first, []).close()
+            raise
+        log.warning("%s; without it, gRPC is served on %d", error, server.http_port)
+        return Ports(first, [])
 
 
 def listen_on(host: str, port: int, flag: str = "http_port") -> list[socket.socket]:

@@ -9,7 +9,9 @@ a peer can hold a connection has a deadline; one lazy timer a connection checks 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import math
+import termios
 from typing import TYPE_CHECKING, cast
 
 from kserve_lite.transports.timeouts import CLOSING_EVERY, MIN_RATE
@@ -154,6 +156,18 @@ class Connection(asyncio.BufferedProtocol):
         if self.beneath is not None:
             unsent += self.beneath.get_write_buffer_size()
         return unsent
+
+    def _has_unread(self) -> bool:
+        """Whether something has come that the event loop has not read yet."""
+        sock = self._transport.get_extra_info("socket")
+        if self.lost or sock is None or self._transport.is_closing():
+            return False
+        count = bytearray(4)
+        try:
+            fcntl.ioctl(sock.fileno(), termios.FIONREAD, count)
+        except OSError:
+            return False
+        return any(count)
 
     def _watch_writing(self) -> None:
         """Cut a peer that reads too little of what was written since the last look."""

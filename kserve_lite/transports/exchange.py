@@ -12,10 +12,11 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from email.utils import formatdate
 from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias, cast
 
 from kserve_lite.errors import InferenceFault
-from kserve_lite.rest.replies import Client, Reply
+from kserve_lite.records import Record
+from kserve_lite.rest.replies import Reply
 from kserve_lite.wire.events import (
     Buffer,
     Data,
@@ -32,11 +33,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kserve_lite")
 
-App: TypeAlias = Callable[[Request, Buffer, Client], Awaitable[Reply]]
+App: TypeAlias = Callable[[Request, Buffer, Record], Awaitable[Reply]]
+# Told of every request when it is over, answered or not.
+Ended: TypeAlias = Callable[[Record], None]
 
 
-class Stream(Client, Protocol):
+class Stream(Protocol):
     """Where the answer to one request goes."""
+
+    @property
+    def http(self) -> str:
+        """The version, "1.1" or "2"."""
+
+    @property
+    def peer(self) -> str:
+        """The host that the connection comes from; empty where it is not known."""
+
+    def is_gone(self) -> bool:
+        """Whether the peer has gone, or is about to."""
 
     def send(self, *events: Outgoing) -> None:
         """Write events; never blocks, never raises for a lost connection."""
@@ -64,54 +78,87 @@ class Stream(Client, Protocol):
 
 
 # gRPC calls read and write their messages by themselves, on HTTP/2 only.
-Rpc: TypeAlias = "Callable[[Request, CallStream], Awaitable[None]]"
+Rpc: TypeAlias = "Callable[[Request, CallStream, Record], Awaitable[None]]"
 
 
-async def exchange(app: App, request: Request, body: Buffer, stream: Stream) -> None:
+async def exchange(
+    app: App, request: Request, body: Buffer, stream: Stream, ended: Ended
+) -> None:
     """Have `app` answer the request, send what it answers, and end the stream.
 
     Run it as a task of its own: a request then has context variables of its own.
     """
     complete = False
+    stream_id, method, target, asked, _ = request
+    record = Record(stream.http, method, target, asked, stream.peer, stream.is_gone)
     try:
         # The peer may have gone between the making of the task and its first step.
         if not stream.lost:
-            reply = await app(request, body, stream)
-            content = reply.body
-            headers = sent_headers(int(time.time()), reply.headers)
+            reply = await app(request, body, record)
+            status, own, content = reply
+            record.code = status
+            headers = sent_headers(int(time.time()), own)
             if isinstance(content, (bytes, bytearray, memoryview)):
-                stream.send(Response(request[0], reply.status, headers, content))
+                record.sent = len(content)
+                stream.send(
+                    Response(stream_id, status, headers, content, None, record.fields)
+                )
                 if stream.stalled:
                     await stream.drain()
             elif isinstance(content, list):
-                _send_pieces(content, request[0], reply.status, headers, stream)
+                _send_pieces(content, stream_id, status, headers, stream, record)
                 if stream.stalled:
                     await stream.drain()
             else:
-                stream.send(Response(request.stream_id, reply.status, headers))
-                await _send_chunks(content, request.stream_id, stream)
+                head = Response(stream_id, status, headers, own=record.fields)
+                stream.send(head)
+                await _send_chunks(content, stream_id, stream, record)
             complete = True
     except BaseException as error:  # noqa: BLE001 - the boundary, see there
-        _give_up(stream, error)
+        _give_up(stream, record, error)
     stream.end(complete)
+    ended(record)
 
 
-async def call(rpc: Rpc, request: Request, stream: Http2Stream) -> None:
+async def call(rpc: Rpc, request: Request, stream: Http2Stream, ended: Ended) -> None:
     """Have `rpc` run a gRPC call, and end the stream."""
     complete = False
+    record = record_of(request, stream)
     try:
         if not stream.lost:
-            await rpc(request, stream)
+            await rpc(request, stream, record)
             complete = True
     except BaseException as error:  # noqa: BLE001 - the boundary, see there
-        _give_up(stream, error)
+        _give_up(stream, record, error)
     stream.end(complete)
+    ended(record)
 
 
-def _give_up(stream: Stream, error: BaseException) -> None:
+def record_of(request: Request, stream: Stream) -> Record:
+    """What is known of a request as it begins."""
+    _, method, target, headers, _ = request
+    return Record(stream.http, method, target, headers, stream.peer, stream.is_gone)
+
+
+def send_refusal(reply: Reply, request: Request, stream: Stream, ended: Ended) -> None:
+    """Send what the transport itself answers to a request that it refuses."""
+    record = record_of(request, stream)
+    headers = sent_headers(int(time.time()), reply.headers)
+    body = cast("bytes", reply.body)
+    record.code, record.sent = reply.status, len(body)
+    stream.send(Response(request[0], reply.status, headers, body, own=record.fields))
+    ended(record)
+
+
+# The client has gone before there was an answer: nginx's code for it.
+CLIENT_GONE = 499
+
+
+def _give_up(stream: Stream, record: Record, error: BaseException) -> None:
     """The boundary: what goes wrong with one request never harms its siblings."""
     if isinstance(error, KeyboardInterrupt):
         raise error
+    record.code = record.code or CLIENT_GONE
     # Cancelled by the connection: its peer is gone or may be, or the server stops. What
     # is written already is still sent; a stream ends without its end.
     if not isinstance(error, asyncio.CancelledError):
@@ -119,28 +166,34 @@ def _give_up(stream: Stream, error: BaseException) -> None:
         stream.abort()
 
 
-def _send_pieces(
+def _send_pieces(  # noqa: PLR0917 - one call, of what `exchange` has at hand
     pieces: list[Buffer],
     stream_id: int,
     status: int,
     headers: RawHeaders,
     stream: Stream,
+    record: Record,
 ) -> None:
     """Send a body of several buffers as it stands: large tensors are not joined."""
-    length = (b"content-length", b"%d" % sum(map(len, pieces)))
+    record.sent = sum(map(len, pieces))
+    length = (b"content-length", b"%d" % record.sent)
     stream.send(
-        Response(stream_id, status, (*headers, length)),
+        Response(stream_id, status, (*headers, length), own=record.fields),
         *(Data(stream_id, piece) for piece in pieces),
         EndOfMessage(stream_id),
     )
 
 
 async def _send_chunks(
-    chunks: AsyncGenerator[bytes, None], stream_id: int, stream: Stream
+    chunks: AsyncGenerator[bytes, None],
+    stream_id: int,
+    stream: Stream,
+    record: Record,
 ) -> None:
     async with aclosing(chunks):
         try:
             async for chunk in chunks:
+                record.sent += len(chunk)
                 stream.send(Data(stream_id, chunk))
                 await stream.drain()
         except InferenceFault:

@@ -9,23 +9,28 @@ from __future__ import annotations
 import asyncio
 import enum
 import math
-import time
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from kserve_lite.rest.replies import error_reply
 from kserve_lite.transports.connection import JOIN_SIZE, Connection
-from kserve_lite.transports.exchange import exchange, sent_headers
-from kserve_lite.transports.timeouts import HALF_CLOSED, LINGER, MIN_RATE
+from kserve_lite.transports.exchange import exchange, send_refusal
+from kserve_lite.transports.timeouts import (
+    CLOSING_EVERY,
+    HALF_CLOSED,
+    LAST_REQUEST,
+    LINGER,
+    MIN_RATE,
+)
 from kserve_lite.wire.events import (
     Buffer,
     ContinueWanted,
     Data,
     EndOfMessage,
     Event,
+    Headers,
     Outgoing,
     Refusal,
     Request,
-    Response,
 )
 from kserve_lite.wire.http1 import CONTINUE, STREAM, Http1Connection
 
@@ -50,6 +55,8 @@ _IDLE, _HEAD, _BODY, _ANSWER, _HALF_CLOSED, _LINGER = _Phase
 
 class Http1(Connection):
     """Speaks HTTP/1.1 once the first bytes have come."""
+
+    http = "1.1"
 
     def __init__(self, listener: Listener) -> None:
         super().__init__(listener)
@@ -80,6 +87,7 @@ class Http1(Connection):
         """Take the connection over with the first bytes that came."""
         self._wait(_IDLE)
         self._came = len(first)
+        self._listener.received.add(len(first))
         self._take(self._wire.receive(first))
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -92,6 +100,7 @@ class Http1(Connection):
 
     def buffer_updated(self, nbytes: int) -> None:
         phase = self._phase
+        self._listener.received.add(nbytes)
         if phase is _IDLE:
             self._came = nbytes
             self._take(self._wire.receive(self._listener.scratch[:nbytes]))
@@ -120,7 +129,9 @@ class Http1(Connection):
         if self._eof or self._listener.draining:
             self._wire.keep_alive = False
         parts = self._wire.send(*events)
-        if sum(map(len, parts)) <= JOIN_SIZE:
+        size = sum(map(len, parts))
+        self._listener.sent.add(size)
+        if size <= JOIN_SIZE:
             transport.write(b"".join(parts))
         else:
             transport.writelines(parts)
@@ -165,8 +176,13 @@ class Http1(Connection):
             self._loop.call_soon(self._task.cancel)
 
     def finish(self) -> None:
+        """Close when idle, but give a request time that is on its way.
+
+        A client that has used the connection a moment ago does so again, and cannot
+        know that it is about to be closed: not every request may be sent twice.
+        """
         if self._phase is _IDLE:
-            self._close()
+            self._set_deadline(min(self._deadline, self._loop.time() + LAST_REQUEST))
 
     # --- requests ------------------------------------------------------------------
 
@@ -210,8 +226,9 @@ class Http1(Connection):
         self._deadline = math.inf
         # A bare task, 5 us, not one of a task group, 40 us; the listener waits for it
         # all the same.
+        listener = self._listener
         self._task = self._loop.create_task(
-            exchange(self._listener.app, request, body, self)
+            exchange(listener.app, request, body, self, listener.ended)
         )
 
     def _gather(self, data: Buffer) -> None:
@@ -238,15 +255,14 @@ class Http1(Connection):
         self._refuse(self._wire.refuse(status, reason))
 
     def _refuse(self, refusal: Refusal) -> None:
+        request = self._request or Request(STREAM, "", "", Headers())
         self._request, self._body = None, b""
         if refusal.status is None:
             self._close()
             return
         retry = ((b"retry-after", b"1"),) if refusal.status == 503 else ()
         reply = error_reply(refusal.status, refusal.reason, retry)
-        headers = sent_headers(int(time.time()), reply.headers)
-        body = cast("bytes", reply.body)
-        self.send(Response(STREAM, reply.status, headers, body))
+        send_refusal(reply, request, self, self._listener.ended)
         self._wait(_LINGER)
         if self._transport.can_write_eof():
             self._transport.write_eof()
@@ -260,7 +276,10 @@ class Http1(Connection):
 
     def _expire(self, now: float) -> None:
         if self._phase is _IDLE:
-            self._close()
+            if self._has_unread():
+                self._set_deadline(now + CLOSING_EVERY)
+            else:
+                self._close()
         elif self._phase is _HEAD:
             self.refuse(408, "The request's head did not arrive in time.")
         elif self._phase is _BODY:

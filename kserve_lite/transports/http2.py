@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from kserve_lite.rest.replies import error_reply
 from kserve_lite.transports.connection import JOIN_SIZE, Connection
-from kserve_lite.transports.exchange import call, exchange, sent_headers
+from kserve_lite.transports.exchange import call, exchange, send_refusal
 from kserve_lite.transports.http2_stream import Http2Stream
 from kserve_lite.transports.timeouts import (
     GOAWAY_WAIT,
@@ -75,9 +74,11 @@ class Http2(Connection):
     def begin(self, first: bytes) -> None:
         """Take the connection over with the first bytes that came."""
         self._set_deadline(self.now + self._watch_every)
+        self._listener.received.add(len(first))
         self._receive(first)
 
     def buffer_updated(self, nbytes: int) -> None:
+        self._listener.received.add(nbytes)
         if not self._lingers:
             self._receive(self._listener.scratch[:nbytes])
 
@@ -208,13 +209,16 @@ class Http2(Connection):
         self._streams[stream.id] = stream
         self._idle_since = self.now
         if rpc is not None and is_call:
-            stream.task = self._loop.create_task(call(rpc, request, stream))
+            stream.task = self._loop.create_task(
+                call(rpc, request, stream, self._listener.ended)
+            )
         elif stream.ended and self._fits(stream):
             self._answer(stream)
 
     def _answer(self, stream: Http2Stream) -> None:
+        listener, request, body = self._listener, stream.request, stream.taken_body()
         stream.task = self._loop.create_task(
-            exchange(self._listener.app, stream.request, stream.taken_body(), stream)
+            exchange(listener.app, request, body, stream, listener.ended)
         )
 
     def _fits(self, stream: Http2Stream) -> bool:
@@ -237,11 +241,9 @@ class Http2(Connection):
                 self, request, is_call=False
             )
         reply = error_reply(refusal.status, refusal.reason)
-        headers = sent_headers(int(time.time()), reply.headers)
-        body = cast("bytes", reply.body)
         stream.taken_body()
         stream.ended = True
-        stream.send(Response(stream.id, reply.status, headers, body))
+        send_refusal(reply, stream.request, stream, self._listener.ended)
         self.answered(stream)
 
     def _linger(self) -> None:
@@ -295,7 +297,9 @@ class Http2(Connection):
             parts = self._wire.data_to_send()
             if not parts:
                 break
-            if sum(map(len, parts)) <= JOIN_SIZE:
+            size = sum(map(len, parts))
+            self._listener.sent.add(size)
+            if size <= JOIN_SIZE:
                 transport.write(b"".join(parts))
             else:
                 transport.writelines(parts)

@@ -88,6 +88,8 @@ class Http2Stream:
     peer: the host of the peer.
     """
 
+    http = "2"
+
     __slots__ = (
         "_came",
         "_connection",

@@ -14,7 +14,7 @@ from typing import TypeVar, cast
 from kserve_lite.transports.connection import Connection
 from kserve_lite.transports.http1 import Http1
 from kserve_lite.transports.http2 import Http2
-from kserve_lite.transports.timeouts import LINGER
+from kserve_lite.transports.timeouts import LAST_REQUEST, LINGER
 from kserve_lite.wire.http2 import PREFACE
 
 Known = TypeVar("Known", bound=Connection)
@@ -30,7 +30,7 @@ class Newcomer(Connection):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         if not self._listener.admit(self):
-            if self._listener.crowded or self._listener.draining or self._listener.tls:
+            if self._listener.crowded or self._listener.closed or self._listener.tls:
                 self._transport.abort()
             else:
                 self._become(Http1).refuse(503, "The server has too many connections.")
@@ -38,7 +38,15 @@ class Newcomer(Connection):
         self._tls = self._listener.tls
         limits = self._listener.limits
         allowed = limits.head_timeout if self._tls else limits.timeout_keep_alive
-        self._set_deadline(self._loop.time() + allowed)
+        self._set_deadline(self._loop.time() + self._at_most(allowed))
+
+    def _at_most(self, seconds: float) -> float:
+        """How long to wait for the first request, also when a stop has begun."""
+        return min(seconds, LAST_REQUEST) if self._listener.draining else seconds
+
+    def finish(self) -> None:
+        # What the peer has sent may be on its way.
+        self._set_deadline(min(self._deadline, self._loop.time() + LAST_REQUEST))
 
     async def _shake_hands(self, context: ssl.SSLContext, hello: bytes) -> None:
         """Begin TLS with the bytes that have come already.
@@ -87,7 +95,8 @@ class Newcomer(Connection):
             self._transport.pause_reading()
             hello, self._first = self._first, b""
             self._set_deadline(
-                self._loop.time() + self._listener.limits.timeout_keep_alive
+                self._loop.time()
+                + self._at_most(self._listener.limits.timeout_keep_alive)
             )
             # It is counted already: the bound on connections is one on handshakes.
             self._handshake = self._loop.create_task(
@@ -119,4 +128,6 @@ class Newcomer(Connection):
         successor.beneath = self.beneath
         successor.connection_made(self._transport)
         self._transport.set_protocol(successor)
+        if self._listener.draining:  # when it has seen the first bytes
+            self._loop.call_soon(successor.finish)
         return successor

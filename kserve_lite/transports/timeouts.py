@@ -16,13 +16,16 @@ MIN_RATE = 1024
 class ConnectionLimits:
     """Bounds on one connection in seconds, and on all of them in number.
 
-    timeout_keep_alive: idle between requests; then it is closed (KServe 65, nginx 75).
-    head_timeout: from a head's first byte to its last; then 408 (nginx 60).
-    body_timeout: from a head to the body's last byte, plus one second for each
-        `MIN_RATE` bytes that came; then 408.
-    write_timeout: without the peer reading `MIN_RATE` bytes a second of the answer;
-        then the connection is cut (nginx's send_timeout 60).
-    max_connections: open at the same time; a further one gets 503 (nginx 512 a worker).
+    timeout_keep_alive: seconds that a connection may be idle between requests; then it
+        is closed (KServe 65, nginx 75).
+    head_timeout: seconds from the first byte of a request's head to its last; then 408
+        (nginx 60).
+    body_timeout: seconds from a head to the last byte of the body, plus one for each
+        KiB that came; then 408.
+    write_timeout: seconds in which the peer reads less than 1 KiB a second of an
+        answer; then the connection is cut (nginx's send_timeout 60).
+    max_connections: connections open at the same time; a further one gets 503 (nginx
+        512 a worker).
     """
 
     timeout_keep_alive: float = 65.0
@@ -31,6 +34,10 @@ class ConnectionLimits:
     write_timeout: float = 60.0
     max_connections: int = 2048
 
+
+# Connections that the kernel holds until they are accepted; Linux caps it by
+# net.core.somaxconn (4096).
+BACKLOG = 2048
 
 # After a refusal the connection is read on for so long, and what comes is dropped:
 # closing at once would reset it and could destroy the answer before it is read
@@ -56,6 +63,13 @@ STREAM_BUFFER = 64 * 1024
 # How long a stop waits for the peer to answer the first GOAWAY (RFC 9113 section 6.8)
 # with a PING before it says which stream was the last.
 GOAWAY_WAIT = 1.0
+
+# How long a stop waits for a further request on a connection that is idle, as nginx's
+# keepalive_min_timeout: closing at once would lose what is just being sent.
+LAST_REQUEST = 1.0
+
+# Turns of the event loop between accepting a connection and telling of it.
+TURNS_OF_ACCEPTING = 3
 
 # How often a TLS connection that closes is asked whether all of its answer is sent.
 CLOSING_EVERY = 0.05

@@ -65,6 +65,8 @@ class Request(NamedTuple):
 class Response(NamedTuple):
     """The head of an answer, or all of it.
 
+    own: fields of this answer alone; how `headers` were written is remembered.
+
     With `body` it is the whole answer: the codec says its length, and no event follows;
     `trailers` are then the fields after the body (HTTP/2 only). Without, `Data` and
     `EndOfMessage` do: with `content-length` among its headers the body has that length,
@@ -76,6 +78,7 @@ class Response(NamedTuple):
     headers: RawHeaders
     body: Buffer | None = None
     trailers: RawHeaders | None = None
+    own: RawHeaders = ()
 
 
 class Data(NamedTuple):

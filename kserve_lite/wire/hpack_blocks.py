@@ -322,6 +322,21 @@ def encode_field(name: bytes, value: bytes) -> bytes:
     return encoded + encode_integer(len(value), 7, 0) + value
 
 
+def encode_fields(fields: RawHeaders) -> bytes:
+    """Fields that differ from answer to answer, in lower case, to be put behind."""
+    return b"".join([_encode_name(name) + _encode_value(v) for name, v in fields])
+
+
+@functools.lru_cache(maxsize=64)
+def _encode_name(name: bytes) -> bytes:
+    """A name that is not in the static table, as in `encode_field`."""
+    return bytes((_NOT_INDEXED,)) + encode_integer(len(name), 7, 0) + name
+
+
+def _encode_value(value: bytes) -> bytes:
+    return encode_integer(len(value), 7, 0) + value
+
+
 @functools.lru_cache(maxsize=256)
 def encode_block(status: int, headers: RawHeaders) -> bytes:
     """The block of an answer's head; of trailers with status 0.

@@ -221,7 +221,7 @@ class Http1Connection:
             out.append(data)
 
     def _answer_head(self, response: Response, out: list[Buffer]) -> None:
-        _, status, headers, body, _ = response
+        _, status, headers, body, _, own = response
         if (
             headers is self._last_answered
             and body is not None
@@ -230,26 +230,24 @@ class Http1Connection:
             and not (self._head_request or self._http10)
         ):
             self._bodiless_answer = self._chunked_answer = False
-            head = b"%bcontent-length: %d\r\n\r\n" % (self._last_block, len(body))
+            head = b"%b%bcontent-length: %d\r\n\r\n" % (
+                self._last_block,
+                _fields(own),
+                len(body),
+            )
             out += (head, body)
             return
         if headers is not self._last_answered or status != self._last_status:
             self._last_answered = headers
             self._last_status = 0 if status in _BODILESS else status
-            self._last_block = _STATUS_LINE[status] + b"".join(
-                part
-                for name, value in headers
-                for part in (name, b": ", value, b"\r\n")
-            )
+            self._last_block = _STATUS_LINE[status] + _fields(headers)
         ends_here = status in _BODILESS
         self._bodiless_answer = ends_here or self._head_request
         self._chunked_answer = False
-        if ends_here:
-            out.append(self._last_block)
-        elif body is not None:
-            out.append(b"%bcontent-length: %d\r\n" % (self._last_block, len(body)))
-        else:
-            out.append(self._last_block)
+        out.append(self._last_block + _fields(own))
+        if body is not None and not ends_here:
+            out.append(b"content-length: %d\r\n" % len(body))
+        elif not ends_here:
             self._frame_answer(headers, out)
         if not self.keep_alive:
             out.append(b"connection: close\r\n")
@@ -514,3 +512,8 @@ def _keeps_alive(raw: RawHeaders, http10: bool) -> bool:
     if b"close" in options:
         return False
     return not http10 or b"keep-alive" in options
+
+
+def _fields(headers: RawHeaders) -> bytes:
+    """Fields as they are written (RFC 9112 section 5)."""
+    return b"".join([b"%b: %b\r\n" % field for field in headers])

@@ -31,7 +31,12 @@ from kserve_lite.wire.frames import (
     pack_header,
     unpack_settings,
 )
-from kserve_lite.wire.hpack_blocks import TABLE_UPDATE, encode_block, encode_length
+from kserve_lite.wire.hpack_blocks import (
+    TABLE_UPDATE,
+    encode_block,
+    encode_fields,
+    encode_length,
+)
 from kserve_lite.wire.http2_streams import Stream
 from kserve_lite.wire.limits import FRUITFUL_WINDOW, HEADER_TABLE_SIZE
 
@@ -96,7 +101,7 @@ class Outbox:
         In a third of the steps that the queues take. It is handed out by the next
         `take()`, and its stream counts as open until then.
         """
-        stream_id, status, headers, body, trailers = response
+        stream_id, status, headers, body, trailers, own = response
         if (
             body is None
             or status < 200
@@ -112,7 +117,7 @@ class Outbox:
         ):
             return False
         size = len(body)
-        block = self._block_of(status, headers)
+        block = self._block_of(status, headers) + encode_fields(own)
         end = b""
         if trailers is None:
             block += encode_length(size)
@@ -156,7 +161,7 @@ class Outbox:
     def add_head(self, stream: Stream, response: Response) -> None:
         """Queue the head of an answer, and its body where it has one."""
         status = response.status
-        block = self._block_of(status, response.headers)
+        block = self._block_of(status, response.headers) + encode_fields(response.own)
         body = response.body
         if status < 200:
             stream.blocks += (block,)

@@ -76,7 +76,7 @@ def test_watch_tells_of_a_load_and_of_a_stop() -> None:
         starting.start()
         after.callback(starting.join)
         after.callback(go_on.set)
-        while not hasattr(server, "server") or server.server._port is None:
+        while not hasattr(server, "server") or not server.server._ports:
             starting.join(0.01)
         channel = after.enter_context(grpc.insecure_channel(f"127.0.0.1:{server.port}"))
         stub = health_pb2_grpc.HealthStub(channel)

@@ -25,7 +25,7 @@ import torch
 
 from kserve_lite.dispatch.batching import Batcher
 from kserve_lite.dispatch.patience import Cost, Opening, Patience
-from kserve_lite.dispatch.running import QUEUE, Times
+from kserve_lite.dispatch.statistics import BATCH, Times
 from kserve_lite.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -683,15 +683,15 @@ async def test_close_fails_what_waits_and_lets_run_what_runs() -> None:
 async def test_times_say_how_long_a_request_waited() -> None:
     model, clock = Model(), Clock()
     batcher = batcher_of(model, clock=clock)
-    first, second = Times(), Times({QUEUE: 5})
+    first, second = Times(), Times({BATCH: 5})
     await start(batcher, rows(0), times=first)
     await start(batcher, rows(1), times=second)
     clock.now += 0.25
     await model.finish()
     clock.now += 1
     await model.finish()
-    assert first == {QUEUE: 0}
-    assert second == {QUEUE: 250_000_005}
+    assert first == {BATCH: 0}
+    assert second == {BATCH: 250_000_005}
 
 
 # Delays

@@ -35,7 +35,7 @@ from hypothesis.stateful import (
 )
 
 from kserve_lite.dispatch.offload import NICE, Offload
-from kserve_lite.dispatch.running import QUEUE, Times
+from kserve_lite.dispatch.statistics import QUEUE, Times
 
 pytestmark = pytest.mark.anyio
 

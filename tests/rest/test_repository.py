@@ -13,6 +13,8 @@ import pytest
 
 from kserve_lite import Model, serve
 from kserve_lite.dispatch.repository import FORWARDED
+from kserve_lite.records import Record
+from kserve_lite.rest.replies import Reply
 from tests.transports.client import (
     PATIENCE,
     Client,
@@ -354,19 +356,14 @@ async def test_control_from_another_machine(
 ) -> None:
     """Seen from the endpoints: connections of tests come from loopback only."""
 
-    class Elsewhere:
-        peer = "192.0.2.7"
-
-        def is_gone(self) -> bool:
-            return False
-
     async with serving(echo) as server:
         answer_by = server._listener.app
-        monkeypatch.setattr(
-            server._listener,
-            "app",
-            lambda request, body, client: answer_by(request, body, Elsewhere()),
-        )
+
+        async def from_elsewhere(request: Any, body: Any, record: Record) -> Reply:
+            record.peer = "192.0.2.7"
+            return await answer_by(request, body, record)
+
+        monkeypatch.setattr(server._listener, "app", from_elsewhere)
         async with connected(version, server.port) as client:
             for path in (LOAD, UNLOAD):
                 answer = await client.fetch("POST", path, body=b"")

@@ -16,6 +16,7 @@ from kserve_lite.dispatch.dataplane import DataPlane
 from kserve_lite.dispatch.repository import Repository
 from kserve_lite.dispatch.settings import DispatchSettings
 from kserve_lite.model import Model
+from kserve_lite.records import Record
 from kserve_lite.registry import Registry
 from kserve_lite.rpc.app import Rpc
 from kserve_lite.wire.events import (
@@ -144,8 +145,9 @@ def answer_in(sent: Iterable[tuple[Outgoing, ...]]) -> Answer:
     first, last = events[0], events[-1]
     assert isinstance(first, Response)
     assert first.body is None
-    head = {name.decode(): value.decode("ascii") for name, value in first.headers}
-    assert len(head) == len(first.headers)
+    fields = (*first.headers, *first.own)
+    head = {name.decode(): value.decode("ascii") for name, value in fields}
+    assert len(head) == len(fields)
     data = b""
     for event in events[1:-1]:
         assert isinstance(event, Data)
@@ -198,6 +200,11 @@ class App:
             await self.repository.unload(model)
         self.dataplane.close()
 
+    async def answer(self, request: Request, stream: MemoryStream) -> None:
+        _, method, target, headers, _ = request
+        record = Record("2", method, target, headers, stream.peer, stream.is_gone)
+        await self.rpc.answer(request, stream, record)
+
     async def call(
         self,
         method: str,
@@ -211,7 +218,7 @@ class App:
         stream = MemoryStream(framed(*messages) if body is None else body, peer)
         request = request_for(f"/{service}/{method}", metadata)
         with anyio.fail_after(20):
-            await self.rpc.answer(request, stream)
+            await self.answer(request, stream)
         return answer_in(stream.sent)
 
 

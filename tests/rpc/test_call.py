@@ -64,7 +64,7 @@ async def test_a_unary_answer_leaves_in_one_piece() -> None:
     async with App(model) as app:
         for message, method in ((LIVE, "ServerLive"), (asking(), "ModelInfer")):
             stream = MemoryStream(framed(message))
-            await app.rpc.answer(request_for(f"/{INFERENCE}/{method}"), stream)
+            await app.answer(request_for(f"/{INFERENCE}/{method}"), stream)
             ((whole,),) = stream.sent
             assert isinstance(whole, Response)
             assert whole.body
@@ -85,7 +85,7 @@ async def test_a_large_message_is_not_copied() -> None:
     async with App(model) as app:
         stream = MemoryStream(framed(asking()))
         stream.stalled = True
-        await app.rpc.answer(request_for(f"/{INFERENCE}/ModelInfer"), stream)
+        await app.answer(request_for(f"/{INFERENCE}/ModelInfer"), stream)
         assert stream.drains == 1
         (events,) = stream.sent
         views = [np.frombuffer(e.data, np.uint8) for e in events if isinstance(e, Data)]
@@ -99,7 +99,7 @@ async def test_a_message_may_come_in_any_pieces() -> None:
         stream = MemoryStream()
         request = request_for(f"/{INFERENCE}/ModelInfer")
         async with asyncio.TaskGroup() as group:
-            group.create_task(app.rpc.answer(request, stream))
+            group.create_task(app.answer(request, stream))
             for byte in framed(asking(size=3)):
                 stream.feed(bytes([byte]))
                 await asyncio.sleep(0)
@@ -113,7 +113,7 @@ async def test_the_answer_does_not_wait_for_the_end_of_the_request() -> None:
         stream = MemoryStream()
         stream.feed(framed(LIVE))
         with anyio.fail_after(5):
-            await app.rpc.answer(request_for(f"/{INFERENCE}/ServerLive"), stream)
+            await app.answer(request_for(f"/{INFERENCE}/ServerLive"), stream)
         assert answer_in(stream.sent).code == 0
 
 
@@ -139,7 +139,7 @@ async def test_only_post() -> None:
     async with App() as app:
         stream = MemoryStream(b"")
         request = request_for(f"/{INFERENCE}/ServerLive")._replace(method="GET")
-        await app.rpc.answer(request, stream)
+        await app.answer(request, stream)
         assert answer_in(stream.sent).http == 405
 
 
@@ -179,7 +179,7 @@ async def test_a_message_that_is_too_long_is_refused_before_it_comes() -> None:
         stream = MemoryStream()
         stream.feed(b"\0" + (LIMIT + 1).to_bytes(4, "big"))
         with anyio.fail_after(5):
-            await app.rpc.answer(request_for(f"/{INFERENCE}/ServerLive"), stream)
+            await app.answer(request_for(f"/{INFERENCE}/ServerLive"), stream)
         assert answer_in(stream.sent).code == 8
 
 
@@ -352,7 +352,7 @@ async def test_a_cancelled_call_sends_nothing(method: str, body: bytes) -> None:
         stream = MemoryStream()
         stream.feed(body)
         request = request_for(f"/{INFERENCE}/{method}")
-        task = asyncio.create_task(app.rpc.answer(request, stream))
+        task = asyncio.create_task(app.answer(request, stream))
         if len(body) > 2:
             await started.wait()
         await asyncio.sleep(0)

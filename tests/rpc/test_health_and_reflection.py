@@ -81,7 +81,7 @@ class Watching:
         self.stream = MemoryStream()
         self.stream.feed(framed(check(service)))
         request = request_for(f"/{HEALTH}/Watch")
-        self.task = asyncio.create_task(app.rpc.answer(request, self.stream))
+        self.task = asyncio.create_task(app.answer(request, self.stream))
 
     async def seen(self, count: int) -> list[int]:
         with anyio.fail_after(10):

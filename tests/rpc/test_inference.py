@@ -269,6 +269,7 @@ async def test_response_headers_are_initial_metadata() -> None:
             "content-type": "application/x-mine",
             "content-length": "1",
             "grpc-status": "7",
+            "x-request-id": "mine",
             "te": "x",
         }
         return InferResponse(request.inputs)
@@ -276,6 +277,8 @@ async def test_response_headers_are_initial_metadata() -> None:
     async with App(model) as app:
         for method in ("ModelInfer", "ModelStreamInfer"):
             answer = await app.call(method, asking())
+            assert len(answer.head.pop("x-request-id")) == 32
+            assert len(answer.head.pop("traceparent")) == 55
             assert answer.head == {
                 "content-type": "application/grpc",
                 "grpc-accept-encoding": "identity,gzip",
@@ -407,7 +410,7 @@ async def test_an_error_after_some_items(caplog: pytest.LogCaptureFixture) -> No
         ok, failed, again, failed_again = items_of(answer)
         assert ok == again == ("1", [1])
         assert failed.startswith("The model failed to answer. The server's log has")
-        assert failed_again != failed
+        assert failed_again == failed  # the id is the call's
         assert "s3cr3t" in caplog.text
 
 
@@ -452,7 +455,7 @@ async def test_items_go_when_they_are_made_and_requests_wait() -> None:
         request = request_for(f"/{INFERENCE}/ModelStreamInfer")
         with anyio.fail_after(5):
             async with asyncio.TaskGroup() as group:
-                group.create_task(app.rpc.answer(request, stream))
+                group.create_task(app.answer(request, stream))
                 await stream.until_sent(1)
                 (prefix, body) = stream.reads  # the second request is not read yet
                 assert prefix == (5, True)
@@ -475,7 +478,7 @@ async def test_a_client_that_goes_stops_the_generator(kind: str) -> None:
         stream = MemoryStream()
         stream.feed(framed(asking((1e9,))))
         request = request_for(f"/{INFERENCE}/ModelStreamInfer")
-        task = asyncio.create_task(app.rpc.answer(request, stream))
+        task = asyncio.create_task(app.answer(request, stream))
         await stream.until_sent(3)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -494,7 +497,7 @@ async def test_a_stop_ends_streams_that_wait_for_their_clients() -> None:
         request = request_for(f"/{INFERENCE}/ModelStreamInfer")
         with anyio.fail_after(5):
             async with asyncio.TaskGroup() as group:
-                group.create_task(app.rpc.answer(request, stream))
+                group.create_task(app.answer(request, stream))
                 await stream.until_sent(1)
                 await asyncio.sleep(0)
                 app.dataplane.accepting = False
@@ -520,7 +523,7 @@ async def test_a_stop_lets_a_stream_answer_what_it_has_begun() -> None:
         request = request_for(f"/{INFERENCE}/ModelStreamInfer")
         with anyio.fail_after(5):
             async with asyncio.TaskGroup() as group:
-                group.create_task(app.rpc.answer(request, stream))
+                group.create_task(app.answer(request, stream))
                 await started.wait()
                 app.dataplane.accepting = False
                 go_on.set()
@@ -541,5 +544,5 @@ async def test_the_context_knows_when_the_client_has_gone() -> None:
         return InferResponse(request.inputs)
 
     async with App(model) as app:
-        await app.rpc.answer(request_for(f"/{INFERENCE}/ModelInfer"), stream)
+        await app.answer(request_for(f"/{INFERENCE}/ModelInfer"), stream)
         assert seen == [False, True]

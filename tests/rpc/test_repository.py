@@ -278,7 +278,7 @@ async def test_a_client_that_goes_away_leaves_its_model_loaded() -> None:
         request = proto("RepositoryModelLoadRequest", model_name="m")
         path = f"/{INFERENCE}/RepositoryModelLoad"
         stream = MemoryStream(framed(request))
-        call = asyncio.create_task(app.rpc.answer(request_for(path), stream))
+        call = asyncio.create_task(app.answer(request_for(path), stream))
         with anyio.fail_after(PATIENCE):
             await gated.started.wait()
             assert list((await index(app)).values()) == [("LOADING", "")]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 30
@@ -67,6 +67,8 @@ def finish(*arguments: str, cwd: Path, **variables: str) -> Result:
 class App:
     """A server process; `lines` is what it wrote to standard error until it served."""
 
+    new_session = False
+
     def __init__(
         self, *arguments: str, cwd: Path, serves: bool = True, **variables: str
     ) -> None:
@@ -74,6 +76,7 @@ class App:
             [sys.executable, *arguments, "--host", "127.0.0.1"],
             cwd=cwd,
             env=environment(**variables),
+            start_new_session=self.new_session,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -101,7 +104,7 @@ class App:
     def port(self) -> int:
         return int(self.url.rpartition(":")[2])
 
-    def __enter__(self) -> App:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

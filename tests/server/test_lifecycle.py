@@ -61,7 +61,7 @@ async def test_live_while_loading_and_ready_after(plain: bool) -> None:
     server = serve(model, **HERE)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(server._serve)
-        await until(lambda: server._port and model.phase is Phase.LOADING)
+        await until(lambda: server._ports and model.phase is Phase.LOADING)
         async with Client(server.port) as client:
             assert await status(client, "/v2/health/live") == 200
             assert await status(client, "/v2/health/ready") == 503

@@ -3,18 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
+from decimal import Decimal
 from typing import Any
 
+import httpx
 import pytest
 
-from kserve_lite import Model, SettingsError, serve
+from kserve_lite import Model, SettingsError, StartupError, run, serve
 from kserve_lite.server.settings import (
+    ELSEWHERE,
     ENVIRONMENT,
+    Setting,
     Settings,
     known_settings,
     make_settings,
     parse_flags,
 )
+from kserve_lite.server.values import CHOICES, LEAST, MOST
+from tests.support import ServerThread
+
+# Every flag of KServe 0.21 and of its servers of trained models.
+KSERVE = re.findall(
+    r"\w+",
+    """
+access_log_format configure_logging enable_docs_url enable_grpc enable_latency_logging
+enable_predictor_health_check event_loop grpc_max_receive_message_length
+grpc_max_send_message_length grpc_port http_port log_config_file max_asyncio_workers
+max_threads model_dir model_name predictor_host predictor_protocol
+predictor_request_retries predictor_request_timeout_seconds predictor_use_ssl protocol
+ssl_certfile ssl_keyfile timeout_keep_alive workers
+""",
+)
+
+
+def another(setting: Setting) -> Any:
+    """A value that is not the default."""
+    if setting.name in CHOICES:
+        return CHOICES[setting.name][-1]
+    if setting.type is bool:
+        return not setting.default
+    if setting.type is str:
+        return "/"  # a folder too, for storage_uri
+    return setting.default + 1
+
+
+def value_of(settings: Settings, name: str) -> Any:
+    return getattr(getattr(settings, known_settings()[name].group), name)
 
 
 def test_every_field_is_known_by_a_name_of_its_own() -> None:
@@ -54,8 +90,103 @@ def test_what_was_given_is_known() -> None:
     assert made.given == {"grpc_port", "http_port", "enable_grpc"}
 
 
-def test_environment_names_settings() -> None:
-    assert set(ENVIRONMENT.values()) <= set(known_settings())
+def test_tables_name_settings() -> None:
+    known = set(known_settings())
+    for table in (ENVIRONMENT.values(), CHOICES, LEAST, MOST):
+        assert set(table) <= known
+    assert not known & set(ELSEWHERE)
+    for name, choices in CHOICES.items():
+        assert all(choice in known_settings()[name].text for choice in choices)
+
+
+def test_environment_variables_are_those_of_the_contract() -> None:
+    shown = {s.variable: s.name for s in known_settings().values() if s.variable}
+    assert shown == ENVIRONMENT
+    assert set(shown) == {
+        "PORT",
+        "STORAGE_URI",
+        "KSERVE_LOGLEVEL",
+        "KSERVE_TLS_CERT_FILE",
+        "KSERVE_TLS_KEY_FILE",
+    }
+
+
+@pytest.mark.parametrize("name", known_settings())
+def test_flags_and_arguments_agree(name: str) -> None:
+    value = "other" if name == "model_name" else another(known_settings()[name])
+    assert value != known_settings()[name].default
+    spelt = name.replace("_", "-")
+    _, flags = parse_flags([f"--{spelt}", str(value)], "prog", "text")
+    made = make_settings(flags=flags)
+    assert made == make_settings({name: value}) == make_settings({name: str(value)})
+    assert value_of(made, name) == value
+
+
+def test_embedding_takes_the_same_names_and_no_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable in ENVIRONMENT:
+        monkeypatch.setenv(variable, "unusable")
+    given = {"log_level": "ERROR", "max_streams": 7, "grace_period": 1}
+    assert serve(Model("m"), **given).settings == make_settings(given)
+
+
+@pytest.mark.parametrize(("variable", "name"), ENVIRONMENT.items())
+def test_each_source_beats_the_next(variable: str, name: str) -> None:
+    setting = known_settings()[name]
+    of_argument, of_environment, of_flag = {
+        "http_port": ("1", "2", "3"),
+        "log_level": ("DEBUG", "ERROR", "CRITICAL"),
+        "storage_uri": ("/", "/proc", "/sys"),
+    }.get(name, ("a", "b", "c"))
+
+    def made(**sources: Any) -> str:
+        return str(value_of(make_settings(**sources), name))
+
+    sources = {
+        "arguments": {name: of_argument},
+        "environment": {variable: of_environment},
+        "flags": {name: of_flag},
+    }
+    assert made(**sources) == of_flag
+    del sources["flags"]
+    assert made(**sources) == of_environment
+    assert made(**sources | {"environment": {variable: ""}}) == of_argument
+    del sources["environment"]
+    assert made(**sources) == of_argument
+    assert made() == str(setting.default)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("http_port", "8080"),
+        ("enable_grpc", "true"),
+        ("ssl_certfile", "none"),
+        ("model_dir", "/mnt/models"),
+        ("max_in_flight", "4096"),
+        ("grace_period", "30 s"),
+        ("request_timeout", "600 s"),
+        ("max_head_size", "64 KiB"),
+        ("max_body_size", "100 MiB"),
+    ],
+)
+def test_defaults_are_shown_for_people(name: str, shown: str) -> None:
+    assert known_settings()[name].shown == shown
+
+
+def test_help_has_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_flags(["--help"], "prog", "text")
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for setting in known_settings().values():
+        entry = f"{setting.text} Default: {setting.shown}"
+        if setting.variable:
+            entry += f"; environment: ${setting.variable}"
+        # argparse may break a line after a hyphen.
+        assert entry.replace(" ", "") in text.replace(" ", "")
+        assert f"--{setting.name} " in text
 
 
 @pytest.mark.parametrize(
@@ -93,16 +224,31 @@ def test_text_is_converted(name: str, text: str, value: object) -> None:
         ("http_port", 80.0, "a whole number"),
         ("http_port", True, "a whole number"),
         ("http_port", None, "a whole number"),
-        ("http_port", "65536", "0 to 65535"),
-        ("http_port", -1, "negative"),
-        ("grpc_port", "65536", "0 to 65535"),
+        ("http_port", "65536", "at most 65535"),
+        ("http_port", -1, "at least 0"),
+        ("http_port", b"80", "a whole number"),
+        ("http_port", Decimal("80.5"), "a whole number"),
+        ("grpc_port", "65536", "at most 65535"),
+        ("workers", "0", "at least 1"),
+        ("workers", 1025, "at most 1024"),
+        ("workers", "two", "a whole number"),
+        ("max_queue_size", "0", "at least 1"),
+        ("max_streams", 2**31, "at most 2147483647"),
+        ("timeout_keep_alive", "0", r"at least 0\.01"),
+        ("request_timeout", 10**400, "a number of seconds"),
+        ("request_timeout", 2e9, "at most 1000000000"),
+        ("log_format", "xml", "text, json"),
+        ("model_dir", None, "text"),
+        ("model_dir", b"/mnt", "text"),
+        ("host", 1, "text"),
+        ("model_name", "a/b", "without '/'"),
         ("enable_grpc", "maybe", "true or false"),
-        ("max_connections", "9" * 30, "huge"),
+        ("max_connections", "9" * 30, "at most"),
         ("max_connections", "9" * 5000, "a whole number"),
         ("grace_period", "soon", "a number of seconds"),
-        ("grace_period", "nan", "negative or huge"),
-        ("grace_period", "inf", "huge"),
-        ("grace_period", "-0.1", "negative"),
+        ("grace_period", "nan", "at least 0"),
+        ("grace_period", "inf", "at most"),
+        ("grace_period", "-0.1", "at least 0"),
         ("enable_latency_logging", "perhaps", "true or false"),
         ("enable_latency_logging", "", "true or false"),
         ("enable_latency_logging", 2, "true or false"),
@@ -129,6 +275,12 @@ def test_unusable_values_are_refused(name: str, value: object, words: str) -> No
         ("zzzz", "known: http_port, grpc_port, "),
         ("grcp_port", "did you mean 'grpc_port'?"),
         ("ssl_cert_file", "did you mean 'ssl_certfile'?"),
+        ("port", "did you mean 'http_port'?"),
+        ("loglevel", "did you mean 'log_level'?"),
+        ("num_workers", "did you mean 'workers'?"),
+        ("keep_alive", "did you mean 'timeout_keep_alive'?"),
+        ("body_size", "did you mean 'max_body_size'?"),
+        *ELSEWHERE.items(),
     ],
 )
 def test_unknown_settings_are_refused(name: str, hint: str) -> None:
@@ -144,17 +296,96 @@ def test_unknown_settings_are_refused(name: str, hint: str) -> None:
     assert f"there is no flag --{name}; {hint}" in str(caught.value)
 
 
-def test_flags_beat_environment_beats_arguments_beats_defaults() -> None:
-    arguments, environment, flags = {"http_port": 1}, {"PORT": "2"}, {"http_port": "3"}
+@pytest.mark.parametrize("name", KSERVE)
+def test_flags_of_kserve_work_or_say_what_does(name: str) -> None:
+    assert (name in known_settings()) != (name in ELSEWHERE)
 
-    def port(**sources: Any) -> int:
-        return make_settings(**sources).server.http_port
 
-    assert port() == 8080
-    assert port(arguments=arguments) == 1
-    assert port(arguments=arguments, environment=environment) == 2
-    assert port(arguments=arguments, environment=environment, flags=flags) == 3
-    assert port(arguments=arguments, environment={"PORT": ""}) == 1
+def test_suggestions_name_what_there_is() -> None:
+    known = known_settings()
+    named = [re.findall(r"'(\w+)'|\b(\w+_\w+)", text) for text in ELSEWHERE.values()]
+    found = {quoted or plain for pairs in named for quoted, plain in pairs}
+    assert {"max_asyncio_workers", "log_config", "host", "grace_period"} <= found
+    handlers = {"max_batch_size", "max_concurrency"}
+    assert handlers <= set(inspect.signature(Model.predict).parameters) | set(
+        inspect.signature(Model).parameters
+    )
+    assert found - handlers <= set(known)
+
+
+def test_a_program_is_told_of_a_wrong_argument(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for settings, words in (
+        (
+            {"http_prot": 1},
+            "there is no setting 'http_prot'; did you mean 'http_port'?",
+        ),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run(Model("m"), argv=[], **settings)
+        assert ended.value.code == 1
+        assert capsys.readouterr().err == f"kserve-lite: {words}\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("KSERVE_LOG_LEVEL", "KSERVE_LOGLEVEL"),
+        ("KSERVE_LOGLEVL", "KSERVE_LOGLEVEL"),
+        ("KSERVE_TLS_CERTFILE", "KSERVE_TLS_CERT_FILE"),
+        ("KSERVE_TLS_KEYFILE", "KSERVE_TLS_KEY_FILE"),
+    ],
+)
+def test_misspelt_variables_are_refused(variable: str, meant: str) -> None:
+    with pytest.raises(SettingsError, match=rf"\${variable}; did you mean \${meant}\?"):
+        make_settings(environment={variable: "x"})
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "KSERVE_OPENAI_ROUTE_PREFIX",
+        "KSERVE_TLS_CA_FILE",
+        "KSERVE_OCI_DOCKER_CONFIG",
+        # What Kubernetes makes for services of these names.
+        "KSERVE_LITE_PORT",
+        "KSERVE_LITE_SERVICE_HOST",
+        "KSERVE_SERVICE_PORT",
+        "HTTP_PORT",
+        "REMOTE_STORAGE_URI",
+    ],
+)
+def test_variables_of_others_are_left_alone(variable: str) -> None:
+    assert make_settings(environment={variable: "tcp://10.0.0.1:80"}) == Settings()
+
+
+def test_a_lone_model_is_served_under_another_name() -> None:
+    model = Model("mine", predict=lambda payload: {"predictions": ["done"]})
+    with ServerThread(model, model_name="theirs") as server:
+        models = f"{server.url}/v1/models"
+        assert httpx.get(models).json() == {"models": ["theirs"]}
+        answer = httpx.post(f"{models}/theirs:predict", json={"instances": [1]})
+        assert answer.json() == {"predictions": ["done"]}
+        assert httpx.get(f"{models}/mine").status_code == 404
+
+
+def test_versions_of_one_model_are_renamed_together() -> None:
+    versions = [Model("m", version=v, predict=lambda p: p) for v in ("1", "2")]
+    with ServerThread(*versions, model_name="n") as server:
+        assert httpx.get(f"{server.url}/v2/models/n/versions/1").status_code == 200
+        assert httpx.get(f"{server.url}/v2/models/n").json()["versions"] == ["1", "2"]
+
+
+def test_several_models_cannot_be_renamed() -> None:
+    models = [Model(name, predict=lambda payload: payload) for name in ("a", "b")]
+    with (
+        pytest.raises(StartupError, match="'c' is for one model, and there are 2"),
+        ServerThread(*models, model_name="c"),
+    ):
+        pass
+    assert [model.name for model in models] == ["a", "b"]
 
 
 def test_environment_errors_name_the_variable() -> None:

@@ -255,6 +255,8 @@ async def test_every_route_answers_alike() -> None:
                 for answer in (one, other):
                     assert answer.headers.pop("date")
                     assert answer.headers.pop("server") == "kserve-lite"
+                    assert len(answer.headers.pop("x-request-id")) == 32
+                    assert len(answer.headers.pop("traceparent")) == 55
                 assert (one.status, other.status) == (status, status), path
                 assert one == other
 

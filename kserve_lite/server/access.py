@@ -1,0 +1,299 @@
+"""The access log: one line for each request, when it is over.
+
+Text, fields parted by one space, each without a space unless it is quoted:
+
+    DATE TIME PROCESS kserve_lite.access PEER "METHOD PATH HTTP/VERSION" CODE BYTES
+    MILLISECONDSms PROTOCOL MODEL id=REQUEST-ID trace=TRACE-ID
+
+all on one line; `-` is what is not known; CODE is the name of a gRPC call's status. The
+same in JSON: `FIELDS`. Queries may hold secrets: they are written as `?...`.
+Probes are requests, too. Lines are of level INFO: `log_level` WARNING drops them.
+
+They go to standard output, as KServe's do, straight: a LogRecord a line would take
+ten times as long. Only where the program or `log_config` configured logging itself
+they go through the logger "kserve_lite.access", with the same fields as `extra`. What a
+peer sent is escaped, so that it ends no line and steers no terminal, and cut, so that a
+line fits in 4096 bytes, which a pipe that several processes write to keeps whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from time import localtime, perf_counter_ns, strftime, time
+from typing import Any, TextIO
+
+from kserve_lite.records import Record
+from kserve_lite.rest.routes import origin_form
+from kserve_lite.server.escaping import quote, quoted, visible
+from kserve_lite.server.lines import Lines
+from kserve_lite.server.logs import (
+    CYAN,
+    GREEN,
+    RED,
+    YELLOW,
+    OwnHandler,
+    coloured,
+    has_colours,
+    utc,
+)
+from kserve_lite.server.settings import ServerSettings
+
+log = logging.getLogger("kserve_lite.access")
+
+# Bytes, as they are escaped; in JSON it may be twice as many.
+MAX_PATH = 1024
+MAX_WORD = 128
+
+# In JSON, and as `extra`. status is a number: a gRPC call's is 200, or 499 where the
+# client went first; grpc_status, its own status, is there for a call only.
+FIELDS = (
+    "peer",
+    "method",
+    "path",
+    "http_version",
+    "status",
+    "grpc_status",
+    "bytes",
+    "duration_ms",
+    "protocol",
+    "model",
+    "request_id",
+    "trace_id",
+    "span_id",
+)
+
+
+class AccessLog:
+    """Writes a line for each request that has ended; made once a server, at its start.
+
+    stream: what to write to where the log is ours to write, default: standard output.
+    """
+
+    def __init__(self, settings: ServerSettings, stream: TextIO | None = None) -> None:
+        stream = sys.stdout if stream is None else stream  # None if it was closed
+        self._on = settings.access_log
+        self._lines: Lines | None = None
+        if self._on and _only_ours_listens():
+            self._lines = Lines(stream)
+        self._format: Callable[[Record], str] = (
+            _Json().line
+            if settings.log_format == "json"
+            else _Text(has_colours(stream)).line
+        )
+        self._told = _Text(colours=False).told
+
+    def write(self, record: Record) -> None:
+        """Write the line of a request; on the event loop, and without waiting."""
+        if not self._on or not log.isEnabledFor(logging.INFO):
+            return
+        lines = self._lines
+        if lines is not None and not log.handlers:
+            if not lines.dead:
+                lines.add(self._format(record))
+        elif log.hasHandlers():
+            log.info("%s", self._told(record), extra=_fields(record))
+
+    def flush(self, seconds: float = 1.0) -> None:
+        """Wait until what was written is out, but no longer than `seconds`."""
+        if self._lines is not None:
+            self._lines.flush(seconds)
+
+    def close(self, seconds: float = 1.0) -> None:
+        """The same, and end the thread that writes."""
+        if self._lines is not None:
+            self._lines.close(seconds)
+
+
+def _only_ours_listens() -> bool:
+    """Whether the logger's lines would reach our own handler and no other."""
+    logger: logging.Logger | None = log
+    found: list[logging.Handler] = []
+    while logger is not None:
+        found += logger.handlers
+        logger = logger.parent if logger.propagate else None
+    return bool(found) and all(isinstance(h, OwnHandler) for h in found)
+
+
+class _Text:
+    def __init__(self, colours: bool) -> None:
+        self._has_colours = colours
+        self._second = 0
+        # An f-string takes longer, for numbers that have a format.
+        self._template = ""
+
+    def line(self, record: Record) -> str:
+        now = time()
+        second = int(now)
+        if second != self._second:
+            self._second = second
+            self._template = (
+                f"{strftime('%Y-%m-%d %H:%M:%S', localtime(second))}.%03d {os.getpid()}"
+                f' {log.name} %s "%s" %s %d %.2fms %s %s id=%s trace=%s\n'
+            )
+        method, target = record.method, record.target
+        peer, model = record.peer, record.model
+        if len(target) + len(method) <= SHORT >= len(model) + len(peer):
+            request = _known_request(method, target, record.http)
+            peer, model = _known_word(peer), _known_word(model)
+        else:
+            request = _request(method, target, record.http)
+            peer, model = _word(peer), _word(model)
+        code = record.code or "-"
+        return self._template % (
+            (now - second) * 1000,
+            peer,
+            request,
+            _colour_of(code) if self._has_colours else code,
+            record.sent,
+            (perf_counter_ns() - record.started) / 1e6,
+            record.protocol,
+            model,
+            record.request_id,
+            record.trace[0],
+        )
+
+    def told(self, record: Record) -> str:
+        """What the line says after the name of the logger."""
+        return self.line(record).partition(f" {log.name} ")[2].rstrip("\n")
+
+
+class _Json:
+    def __init__(self) -> None:
+        self._second = 0
+        self._template = ""
+
+    def line(self, record: Record) -> str:
+        now = time()
+        second = int(now)
+        if second != self._second:
+            self._second = second
+            self._template = (
+                f'{{"timestamp":"{utc(second).removesuffix("000Z")}%03dZ",'
+                f'"level":"INFO","logger":"{log.name}",'
+                f'"message":"%s %s","process":{os.getpid()},'
+                # In the order of FIELDS.
+                '"peer":%s,%s,%s,"bytes":%d,"duration_ms":%.3f,"protocol":"%s",'
+                '"model":%s,"request_id":%s,"trace_id":"%s","span_id":"%s"}\n'
+            )
+        method, target = record.method, record.target
+        peer, model = record.peer, record.model
+        if len(target) + len(method) <= SHORT >= len(model) + len(peer):
+            what, request = _known_json_request(method, target, record.http)
+            peer, model = _known_json(peer), _known_json(model)
+        else:
+            what, request = _json_request(method, target, record.http)
+            peer, model = _json_word(peer), _json_word(model)
+        code = record.code
+        trace, span, _ = record.trace
+        return self._template % (
+            (now - second) * 1000,
+            what,
+            code or "-",
+            peer,
+            request,
+            _json_code(code),
+            record.sent,
+            (perf_counter_ns() - record.started) / 1e6,
+            record.protocol,
+            model,
+            quote(record.request_id),
+            trace,
+            span,
+        )
+
+
+def _fields(record: Record) -> dict[str, Any]:
+    """A request's fields as `extra`: escaped, for whatever format they end up in."""
+    trace, span, _ = record.trace
+    status, grpc_status = _statuses(record.code)
+    fields = {
+        "peer": visible(record.peer, MAX_WORD),
+        "method": visible(record.method, MAX_WORD),
+        "path": visible(_path(record.target), MAX_PATH),
+        "http_version": record.http,
+        "status": status,
+        "grpc_status": grpc_status,
+        "bytes": record.sent,
+        "duration_ms": round((perf_counter_ns() - record.started) / 1e6, 3),
+        "protocol": record.protocol,
+        "model": visible(record.model, MAX_WORD),
+        "request_id": record.request_id,
+        "trace_id": trace,
+        "span_id": span,
+    }
+    if grpc_status is None:
+        del fields["grpc_status"]
+    return fields
+
+
+def _statuses(code: int | str) -> tuple[int | None, str | None]:
+    """The HTTP status and that of gRPC; the first is unknown if nothing was sent."""
+    if isinstance(code, int):
+        return code, None
+    return (200, code) if code else (None, None)
+
+
+# What peers choose is remembered only if it is short, and not for ever.
+@lru_cache(maxsize=64)
+def _json_code(code: int | str) -> str:
+    status, grpc_status = _statuses(code)
+    text = f'"status":{"null" if status is None else status}'
+    return text if grpc_status is None else f'{text},"grpc_status":"{grpc_status}"'
+
+
+@lru_cache(maxsize=64)
+def _colour_of(code: int | str) -> str:
+    if isinstance(code, int):
+        colour = (GREEN, GREEN, GREEN, CYAN, YELLOW, RED)[min(code // 100, 5)]
+    elif code == "OK":
+        colour = GREEN
+    else:
+        colour = RED if code in ("INTERNAL", "UNAVAILABLE", "UNKNOWN") else YELLOW
+    return coloured(str(code), colour)
+
+
+# Characters of what is looked up together.
+SHORT = 256
+
+
+def _word(text: str) -> str:
+    """Text as one word: escaped, spaces too; `-` for none."""
+    return visible(text, MAX_WORD).replace(" ", "\\x20") or "-"
+
+
+def _json_word(text: str) -> str:
+    return quoted(text, MAX_WORD)
+
+
+def _request(method: str, target: str, http: str) -> str:
+    path = visible(_path(target), MAX_PATH)
+    return f"{visible(method, MAX_WORD)} {path} HTTP/{http}"
+
+
+def _json_request(method: str, target: str, http: str) -> tuple[str, str]:
+    """The beginning of the message, and the fields; both of them JSON."""
+    path = _path(target)
+    what = quoted(f"{method[:MAX_WORD]} {path}", MAX_WORD)[1:-1]
+    return what, (
+        f'"method":{quoted(method, MAX_WORD)},"path":{quoted(path, MAX_PATH)},'
+        f'"http_version":"{http}"'
+    )
+
+
+_known_word = lru_cache(maxsize=1024)(_word)
+_known_json = lru_cache(maxsize=1024)(_json_word)
+_known_request = lru_cache(maxsize=1024)(_request)
+_known_json_request = lru_cache(maxsize=1024)(_json_request)
+
+
+def _path(target: str) -> str:
+    """A target without its query, and without the host and user of the absolute form.
+
+    Cut to what may be seen of it anyway.
+    """
+    path, question, _ = origin_form(target[: 2 * MAX_PATH]).partition("?")
+    return f"{path}?..." if question else path

@@ -1,0 +1,455 @@
+"""Several processes that serve as one: start, balance, failures, readiness, models.
+
+Real processes, real signals and real clients. Linux tells who is whose child.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from kserve_lite import SettingsError, serve
+from tests.server.fleet import (
+    APP,
+    PREDICT,
+    Fleet,
+    Load,
+    exists,
+    is_alive,
+    pid_of,
+    sockets_of,
+    status_of,
+    until,
+)
+from tests.server.process import PATIENCE, environment, finish
+from tests.server.test_run import CLI, one_line, report
+from tests.transports.client import echo, model_of
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="needs Linux's /proc"
+)
+
+LOOPS = ["asyncio", "uvloop"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "app.py").write_text(APP)
+    return tmp_path
+
+
+# --- start ------------------------------------------------------------------------
+
+
+WAYS: list[tuple[str, ...]] = [
+    ("app.py",),
+    ("-m", "app"),
+    (*CLI, "app:model"),
+    ("-c", "import app; app.run(app.model)"),
+]
+
+
+@pytest.mark.parametrize("program", WAYS, ids=" ".join)
+def test_ways_to_start(folder: Path, program: tuple[str, ...]) -> None:
+    with Fleet(folder, program=program) as fleet:
+        workers = fleet.serving(2)
+        held = sockets_of(fleet.process.pid)
+        assert any("memfd" in name for name in held)
+        result = fleet.stop()
+        assert not any(exists(pid) for pid in workers)
+    assert (result.status, report(result)) == (0, (0, 0))
+    assert result.errors == []
+
+
+def test_the_banner_comes_once_when_all_are_ready(folder: Path) -> None:
+    (folder / "load waits").touch()
+    with Fleet(folder, "--http_port", "0", workers=3, serves=False) as fleet:
+        until(lambda: len(fleet.workers) == 3)
+        (folder / "load waits").unlink()
+        seen = fleet.log("curl")
+        assert seen.count("serves m on") == 1
+        assert "Traceback" not in seen
+        result = fleet.stop()
+    assert "serves m on" not in result.err
+
+
+def test_the_argument_of_run_counts(folder: Path) -> None:
+    text = APP.replace("run(model)", "run(model, workers=2)")
+    (folder / "app.py").write_text(text)
+    with Fleet(folder, workers=0) as fleet:
+        assert len(fleet.serving(2)) == 2
+
+
+def test_the_supervisor_does_not_import_the_program(folder: Path) -> None:
+    (folder / "app.py").write_text(
+        APP + "\nwith open('imports', 'a') as file: file.write(f'{os.getpid()} ')\n"
+    )
+    with Fleet(folder, program=(*CLI, "app:model")) as fleet:
+        workers = fleet.serving(2)
+        imported = {int(pid) for pid in (folder / "imports").read_text().split()}
+    assert imported == workers
+
+
+def test_what_a_worker_starts_is_no_worker(folder: Path) -> None:
+    """Not before `run()` has been called, and not after."""
+    text = """
+import subprocess, sys
+code = "from kserve_lite.server.worker import assignment; print(assignment())"
+done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+assert done.stdout == "None\\n", done
+"""
+    load = """def load():
+    assert 'KSERVE_LITE_WORKER' not in os.environ
+    for name in os.listdir('/proc/self/fd'):
+        if int(name) > 2 and os.path.exists(f'/proc/self/fd/{name}'):
+            assert not os.get_inheritable(int(name)), name
+"""
+    (folder / "app.py").write_text(text + APP.replace("def load():", load))
+    with Fleet(folder) as fleet:
+        assert len(fleet.serving(2)) == 2
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "many", "1025"])
+def test_a_number_of_workers_that_cannot_be(folder: Path, count: str) -> None:
+    line = one_line(finish("app.py", "--workers", count, cwd=folder, PORT="0"))
+    assert "--workers" in line
+
+
+def test_a_program_without_a_file_cannot_be_started_again(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-", "--workers", "2", "--http_port", "0"],
+        input=APP,
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("kserve-lite: --workers and --reload start this ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_serve_has_no_workers() -> None:
+    for settings in ({"workers": 2}, {"reload": True}):
+        with pytest.raises(SettingsError, match="use run"):
+            serve(model_of(echo), **settings)
+
+
+# --- connections --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_kept_connections_are_shared_evenly(folder: Path, loop: str) -> None:
+    with Fleet(folder, "--event_loop", loop) as fleet:
+        fleet.serving(2)
+        with fleet.kept(64) as connections:
+            shares = Counter(pid_of(connection) for connection in connections)
+    # 32 each, but for one that is given too much time by a busy machine.
+    assert min(shares.values()) >= 24, shares
+
+
+def test_all_protocols_come_to_all_workers(folder: Path) -> None:
+    with Fleet(folder) as fleet:
+        workers = fleet.serving(2)
+        with Load(fleet.port) as load:
+            until(lambda: load.failures or workers | {"grpc"} <= set(load.answers))
+        assert load.failures == []
+
+
+def test_a_blocked_worker_holds_up_no_new_connection(folder: Path) -> None:
+    (folder / "blocks").touch()
+    with Fleet(folder, "--worker_timeout", "0") as fleet:
+        workers = fleet.serving(2)
+        blocked = fleet.begin(PREDICT, {"instances": ["block"]})
+        until((folder / "is blocked").exists)
+        (other,) = {fleet.pid() for _ in range(20)}
+        assert other in workers
+        (folder / "blocks").unlink()
+        assert status_of(blocked) == 200
+        blocked.close()
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_too_many_open_files_only_delay(folder: Path, loop: str) -> None:
+    with Fleet(folder, "--event_loop", loop) as fleet:
+        workers = fleet.serving(2)
+        before = {pid: resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in workers}
+        for pid in workers:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, before[pid][1]))
+        with fleet.kept(4) as connections:
+            fleet.log("no connection can be accepted: Too many open files")
+            for pid in workers:
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, before[pid])
+            assert {pid_of(connection) for connection in connections} <= workers
+
+
+# --- failures -----------------------------------------------------------------------
+
+
+def test_a_killed_worker_loses_only_what_it_held(folder: Path) -> None:
+    with Fleet(folder) as fleet:
+        first, second = sorted(fleet.serving(2))
+        with fleet.kept(8) as connections, Load(fleet.port) as load:
+            owners = [pid_of(connection) for connection in connections]
+            load.more()
+            os.kill(first, signal.SIGKILL)
+            for owner, connection in zip(owners, connections, strict=True):
+                if owner == second:
+                    assert pid_of(connection) == second
+            seen = fleet.log(f"worker {first} failed: it was ended by SIGKILL")
+            until(lambda: len(fleet.workers) == 2)
+            fleet.log("loaded m")
+            load.more()
+        # Each of the clients had one connection, and one request on it, at most.
+        assert len(load.failures) <= 6
+        assert "starting another in 0.2 s" in seen
+        assert first not in fleet.serving(2)
+        assert "kserve_lite_worker_restarts_total 1.0" in metrics(fleet)
+        assert 'kserve_lite_workers{state="ready"} 2.0' in metrics(fleet)
+        assert fleet.stop().status == 0
+
+
+def metrics(fleet: Fleet) -> str:
+    import urllib.request
+
+    with urllib.request.urlopen(f"{fleet.url}/metrics", timeout=PATIENCE) as answer:
+        text: str = answer.read().decode()
+        return text
+
+
+def test_a_blocked_worker_is_seen_and_replaced(folder: Path) -> None:
+    (folder / "blocks").touch()
+    with Fleet(folder, "--worker_timeout", "1.5") as fleet:
+        workers = fleet.serving(2)
+        blocked = fleet.begin(PREDICT, {"instances": ["block"]})
+        seen = fleet.log("was blocked for 1.5 s (worker_timeout)")
+        assert "has been blocked for 1." in seen
+        assert "plain def" in seen
+        with pytest.raises((ConnectionResetError, http.client.RemoteDisconnected)):
+            status_of(blocked)
+        blocked.close()
+        assert len(fleet.serving(2) & workers) == 1
+
+
+def test_a_long_load_is_no_blocked_loop(folder: Path) -> None:
+    """At the start, and on demand."""
+    text = APP.replace(
+        "@model.load\ndef load():",
+        "@model.load\nasync def load():\n    open('loads', 'a').write('x')",
+    )
+    (folder / "app.py").write_text(text)
+    (folder / "load waits").touch()
+    with Fleet(folder, "--worker_timeout", "0.3", serves=False) as fleet:
+        loads = folder / "loads"
+        until(lambda: loads.exists() and loads.stat().st_size == 2)
+        workers = fleet.workers
+        time.sleep(1.0)  # what is waited for is that nothing happens
+        (folder / "load waits").unlink()
+        fleet._read_banner()
+        assert fleet.serving(2) == workers
+        (folder / "load waits").touch()
+        connection = fleet.begin("/v2/repository/models/m/load", {})
+        until(lambda: loads.stat().st_size == 4)
+        time.sleep(1.0)
+        (folder / "load waits").unlink()
+        assert status_of(connection) == 200
+        connection.close()
+        assert fleet.serving(2) == workers
+
+
+@pytest.mark.parametrize("program", [("app.py",), (*CLI, "app:model")], ids=" ".join)
+def test_a_load_that_fails_at_the_start_is_told_once(
+    folder: Path, program: tuple[str, ...]
+) -> None:
+    (folder / "load fails").touch()
+    flags = ("--http_port", "0", "--workers", "3", "--host", "127.0.0.1")
+    result = finish(*program, *flags, cwd=folder)
+    assert result.status == 1
+    (line,) = result.errors
+    assert line.startswith("kserve-lite: model 'm' failed to load: OSError: no such")
+    assert "app.py:" in line
+
+
+def test_a_model_that_is_not_there_is_told_once(folder: Path) -> None:
+    flags = ("--http_port", "0", "--workers", "3", "--host", "127.0.0.1")
+    result = finish(*CLI, "app:modle", *flags, cwd=folder)
+    assert result.status == 1
+    (line,) = result.errors
+    assert "did you mean app:model?" in line
+
+
+def test_five_quick_failures_are_the_end(folder: Path) -> None:
+    with Fleet(folder) as fleet:
+        first, second = sorted(fleet.serving(2))
+        (folder / "load exits").touch()
+        os.kill(first, signal.SIGKILL)
+        result = fleet.wait()
+        assert not is_alive(second)
+    assert result.status == 1
+    (line,) = result.errors
+    assert line == (
+        "kserve-lite: a worker has failed 5 times in a row: it ended by itself with "
+        "status 9"
+    )
+    assert result.err.count("starting another in") == 4
+
+
+def test_a_load_that_fails_later_is_tried_again(folder: Path) -> None:
+    with Fleet(folder) as fleet:
+        first, second = sorted(fleet.serving(2))
+        (folder / "load fails").touch()
+        os.kill(first, signal.SIGKILL)
+        fleet.log("failed: model 'm' failed to load: OSError: no such weights")
+        assert fleet.pid() == second
+        assert fleet.ready()
+        (folder / "load fails").unlink()
+        assert second in fleet.serving(2)
+
+
+def test_no_request_meets_a_worker_that_loads(folder: Path) -> None:
+    with Fleet(folder) as fleet:
+        first, second = sorted(fleet.serving(2))
+        (folder / "load waits").touch()
+        os.kill(first, signal.SIGKILL)
+        until(lambda: len(fleet.workers - {first}) == 2)
+        assert {fleet.pid() for _ in range(20)} == {second}
+        assert fleet.ready()
+        (folder / "load waits").unlink()
+        assert second in fleet.serving(2)
+
+
+def test_a_worker_that_is_told_to_stop_is_no_failure(folder: Path) -> None:
+    with Fleet(folder) as fleet:
+        first, second = sorted(fleet.serving(2))
+        os.kill(first, signal.SIGTERM)
+        fleet.log(f"worker {first} was stopped: starting another")
+        assert second in fleet.serving(2)
+
+
+# --- readiness --------------------------------------------------------------------
+
+
+def test_live_from_the_first_moment_and_ready_when_all_are(folder: Path) -> None:
+    text = APP.replace('"load waits"', 'f"load waits {os.getpid() % 2}"')
+    (folder / "app.py").write_text(text)
+    port_of = "--http_port"
+    from tests.server.test_run import free_port
+
+    port = free_port()
+    waits = [folder / "load waits 0", folder / "load waits 1"]
+    for file in waits:
+        file.touch()
+    with Fleet(folder, port_of, str(port), serves=False) as fleet:
+        fleet.url = f"http://127.0.0.1:{port}"
+        until(lambda: len(fleet.workers) == 2)
+        parities = {pid % 2 for pid in fleet.workers}
+        until(lambda: connects(fleet) and fleet.ask("/v2/health/live")[0] == 200)
+        for parity in (0, 1):
+            assert not fleet.ready()
+            waits[parity].unlink()
+            if parity == 0 and parities == {0, 1}:
+                fleet.log("loaded m")
+        until(fleet.ready)
+        assert {fleet.ready() for _ in range(10)} == {True}
+
+
+def connects(fleet: Fleet) -> bool:
+    try:
+        fleet.ask("/v2/health/live")
+    except OSError:
+        return False
+    return True
+
+
+def test_one_model_that_says_no_is_the_whole_server_s(folder: Path) -> None:
+    with Fleet(folder) as fleet:
+        workers = fleet.serving(2)
+        file = f"not ready {min(workers)}"
+        assert fleet.ready()
+        (folder / file).touch()
+        (folder / "not ready").touch()
+        until(lambda: {fleet.ready() for _ in range(6)} == {False})
+        (folder / "not ready").unlink()
+        until(lambda: {fleet.ready() for _ in range(6)} == {True})
+
+
+# --- models -------------------------------------------------------------------------
+
+
+def test_unload_and_load_reach_every_worker(folder: Path) -> None:
+    with Fleet(folder) as fleet, fleet.kept(8) as connections:
+        workers = fleet.serving(2)
+        assert {pid_of(connection) for connection in connections} == workers
+
+        def statuses() -> set[int]:
+            found = set()
+            for connection in connections:
+                connection.request("GET", "/v2/models/m")
+                response = connection.getresponse()
+                response.read()
+                found.add(response.status)
+            return found
+
+        assert fleet.ask("/v2/repository/models/m/unload", {})[0] == 200
+        assert statuses() == {404}
+        assert fleet.ask("/v2/repository/models/m/unload", {})[0] == 404
+        # A worker that starts now begins with what holds now.
+        os.kill(min(workers), signal.SIGKILL)
+        fleet.log("failed: it was ended by SIGKILL")
+        until(lambda: len(fleet.workers - {min(workers)}) == 2)
+        until(lambda: 'state="ready"} 0.0' in metrics(fleet))
+        assert {fleet.ask("/v2/models/m")[0] for _ in range(10)} == {404}
+        assert fleet.ask("/v2/repository/models/m/load", {})[0] == 200
+        assert fleet.ready()
+        assert max(workers) in fleet.serving(2)
+
+
+def test_a_load_that_fails_is_told(folder: Path) -> None:
+    with Fleet(folder) as fleet:
+        (folder / "load fails").touch()
+        status, answer = fleet.ask("/v2/repository/models/m/load", {})
+        assert status == 503
+        assert "What was loaded before still answers." in answer["error"]
+        assert len(fleet.serving(2)) == 2
+        assert fleet.ask("/v2/repository/models/other/load", {})[0] == 404
+
+
+def test_a_worker_that_dies_holds_up_no_load(folder: Path) -> None:
+    with Fleet(folder) as fleet:
+        workers = fleet.serving(2)
+        (folder / "load waits").touch()
+        connection = fleet.begin("/v2/repository/models/m/load", {})
+        (folder / "gate").touch()
+        with fleet.kept(4) as others:
+            owner = {pid_of(other): other for other in others}
+            assert set(owner) == workers
+        for pid in workers:
+            # The one that was asked cannot answer; so only the other one is killed.
+            if not holds(pid, connection):
+                os.kill(pid, signal.SIGKILL)
+        (folder / "load waits").unlink()
+        assert status_of(connection) == 200
+        connection.close()
+
+
+def holds(pid: int, connection: object) -> bool:
+    """Whether the other end of a connection is a process's."""
+    sock = connection.sock  # type: ignore[attr-defined]
+    wanted = f":{sock.getsockname()[1]:04X}"
+    inodes = {
+        line.split()[9]
+        for line in Path("/proc/net/tcp").read_text().splitlines()
+        if line.split()[2].endswith(wanted)
+    }
+    return bool({f"socket:[{inode}]" for inode in inodes} & sockets_of(pid))
