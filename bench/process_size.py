@@ -245,6 +245,7 @@ def _measure(one: Contender) -> dict[str, Resident]:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         with trees.started(one, "", scratch) as server:
+            trees.cpu_seconds([server.process.pid])  # It lives.
             _load(server, ECHO, WRK, scratch, trees.workers(server.process.pid))
             after_v1 = _resident(server)
             # In KServe, gRPC is the business of the first process alone.

@@ -115,14 +115,19 @@ def stop_unless_alive(
 def tree(pid: int) -> list[int]:
     """A process, and all below it."""
     children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    for path in Path("/proc").glob("[0-9]*"):
+        one = int(path.name)
         with contextlib.suppress(OSError):  # It has ended meanwhile.
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(path.parent.name))
+            children.setdefault(int(_status(one)[1]), []).append(one)
     found = [pid]
     for one in found:  # It grows on the way.
         found += sorted(children.get(one, []))
     return found
+
+
+def _status(pid: int) -> list[str]:
+    """The fields behind the name: state, parent, ... (proc(5), stat)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def workers(pid: int) -> list[int]:
@@ -137,11 +142,15 @@ def _command(pid: int) -> str:
 
 
 def cpu_seconds(pids: Sequence[int]) -> list[float]:
-    """The processor time of each; stops if one is no more, whose time is lost."""
+    """The processor time of each; stops unless all of them live."""
     try:
-        return [machine.server_seconds(one) for one in pids]
+        found = [machine.server_seconds(one) for one in pids]
+        ended = [one for one in pids if _status(one)[0] == "Z"]
     except OSError as error:
         raise SystemExit(f"a process of the server has ended: {error}") from None
+    if ended:
+        raise SystemExit(f"a process of the server has ended: {ended[0]}")
+    return found
 
 
 def wait_until_idle(pid: int) -> None:

@@ -38,7 +38,7 @@ class Record:
     that is asked for, which may not exist; empty where none is. protocol: "v1", "v2",
     "generate", "grpc", or "http" for what is none of them. code: the HTTP status or the
     name of the gRPC status; empty until it is known; 499 where the client went first.
-    sent: bytes of the answer's body.
+    sent: bytes of the answer's body. took: nanoseconds until the answer had been sent.
     """
 
     action = ""
@@ -46,10 +46,9 @@ class Record:
     protocol = "http"
     code: int | str = ""
     sent = 0
+    took = 0
     _request_id = ""
-    _made = False  # whether the request's id was made here
     _trace: tuple[str, str, str] | None = None
-    _digits = b""  # of the ids that were made here for the answer's fields
 
     def __init__(  # noqa: PLR0917 - by position: by name it takes twice as long
         self,
@@ -75,15 +74,8 @@ class Record:
         A client's id is taken only if it has at most 128 visible ASCII characters,
         since it is written to logs and sent back.
         """
-        if not self._request_id and self._digits:
-            self._request_id = self._digits[:32].decode("ascii")
-            self._made = True
-        elif not self._request_id:
-            given = self.headers.get("x-request-id")
-            if given is None or not _is_id(given):
-                given = new_id()
-                self._made = True
-            self._request_id = given
+        if self._trace is None:
+            self._identify()
         return self._request_id
 
     @property
@@ -91,47 +83,37 @@ class Record:
         """The trace id, our span's id and the flags, by W3C Trace Context.
 
         The trace is the one that `traceparent` names, or else a new one, whose id is
-        that of the request where that was made here too.
+        that of the request unless the client gave one.
         """
-        if self._trace is None and self._digits:
-            self._trace = self.request_id, self._digits[32:].decode("ascii"), "00"
-        elif self._trace is None:
-            span = f"{random.getrandbits(64) or 1:016x}"
-            given = self.headers.get("traceparent")
-            match = None if given is None else _TRACEPARENT.fullmatch(given)
-            if match is not None:
-                self._trace = match[1], span, match[3]
-            else:
-                request_id = self.request_id
-                self._trace = request_id if self._made else new_id(), span, "00"
-        return self._trace
+        return self._trace or self._identify()
 
     @trace.setter
     def trace(self, ids: tuple[str, str, str]) -> None:
+        self._identify()
         self._trace = ids
+
+    def _identify(self) -> tuple[str, str, str]:
+        headers = self.headers
+        digits = f"{random.getrandbits(192) | _NOT_ZERO:048x}"
+        request_id, span = digits[:32], digits[32:]
+        self._trace = trace = request_id, span, "00"
+        if "x-request-id" in headers:
+            given = headers["x-request-id"]
+            request_id = given if _is_id(given) else request_id
+        self._request_id = request_id
+        if "traceparent" in headers:
+            match = _TRACEPARENT.fullmatch(headers["traceparent"])
+            if match is not None:
+                self._trace = trace = match[1], span, match[3]
+        return trace
 
     @property
     def fields(self) -> RawHeaders:
         """The fields that tell the client its request's ids."""
-        headers = self.headers
-        if (
-            self._request_id
-            or self._digits
-            or self._trace
-            or "x-request-id" in headers
-            or "traceparent" in headers
-        ):
-            return (
-                (b"x-request-id", self.request_id.encode("ascii")),
-                (b"traceparent", self.traceparent.encode("ascii")),
-            )
-        # Both are made here, and nobody has asked yet: a third of the time.
-        digits = b"%048x" % (random.getrandbits(192) | _NOT_ZERO)
-        self._digits = digits
-        trace = digits[:32]
+        trace, span, flags = self._trace or self._identify()
         return (
-            (b"x-request-id", trace),
-            (b"traceparent", b"00-%b-%b-00" % (trace, digits[32:])),
+            (b"x-request-id", self._request_id.encode("ascii")),
+            (b"traceparent", f"00-{trace}-{span}-{flags}".encode("ascii")),
         )
 
     @property

@@ -18,12 +18,13 @@ line fits in 4096 bytes, which a pipe that several processes write to keeps whol
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import sys
 from collections.abc import Callable
 from functools import lru_cache
-from time import localtime, perf_counter_ns, strftime, time
+from time import localtime, perf_counter_ns, strftime, time_ns
 from typing import Any, TextIO
 
 from kserve_lite.records import Record
@@ -47,6 +48,10 @@ log = logging.getLogger("kserve_lite.access")
 # Bytes, as they are escaped; in JSON it may be twice as many.
 MAX_PATH = 1024
 MAX_WORD = 128
+
+# Requests whose lines are made together, and seconds that the first of them waits.
+TOGETHER = 32
+DELAY = 0.05
 
 # In JSON, and as `extra`. status is a number: a gRPC call's is 200, or 499 where the
 # client went first; grpc_status, its own status, is there for a call only.
@@ -77,6 +82,7 @@ class AccessLog:
         stream = sys.stdout if stream is None else stream  # None if it was closed
         self._on = settings.access_log
         self._lines: Lines | None = None
+        self._pending: list[Record] = []
         if self._on and _only_ours_listens():
             self._lines = Lines(stream)
         self._format: Callable[[Record], str] = (
@@ -87,23 +93,43 @@ class AccessLog:
         self._told = _Text(colours=False).told
 
     def write(self, record: Record) -> None:
-        """Write the line of a request; on the event loop, and without waiting."""
+        """Have the line of a request written; on the event loop, without waiting.
+
+        Lines are made some at a time: one by one, between other work, they take twice
+        as long.
+        """
+        pending = self._pending
+        pending.append(record)
+        if len(pending) >= TOGETHER:
+            self._settle()
+        elif len(pending) == 1:
+            try:
+                asyncio.get_running_loop().call_later(DELAY, self._settle)
+            except RuntimeError:
+                self._settle()
+
+    def _settle(self) -> None:
+        """Make the lines of what is pending."""
+        pending, self._pending = self._pending, []
         if not self._on or not log.isEnabledFor(logging.INFO):
             return
         lines = self._lines
         if lines is not None and not log.handlers:
             if not lines.dead:
-                lines.add(self._format(record))
+                lines.add("".join(map(self._format, pending)))
         elif log.hasHandlers():
-            log.info("%s", self._told(record), extra=_fields(record))
+            for record in pending:
+                log.info("%s", self._told(record), extra=_fields(record))
 
     def flush(self, seconds: float = 1.0) -> None:
         """Wait until what was written is out, but no longer than `seconds`."""
+        self._settle()
         if self._lines is not None:
             self._lines.flush(seconds)
 
     def close(self, seconds: float = 1.0) -> None:
         """The same, and end the thread that writes."""
+        self._settle()
         if self._lines is not None:
             self._lines.close(seconds)
 
@@ -126,32 +152,29 @@ class _Text:
         self._template = ""
 
     def line(self, record: Record) -> str:
-        now = time()
-        second = int(now)
+        second, millisecond = _ended(record)
         if second != self._second:
             self._second = second
             self._template = (
                 f"{strftime('%Y-%m-%d %H:%M:%S', localtime(second))}.%03d {os.getpid()}"
-                f' {log.name} %s "%s" %s %d %.2fms %s %s id=%s trace=%s\n'
+                f" {log.name} %s %s %d %.2fms %s id=%s trace=%s\n"
             )
         method, target = record.method, record.target
-        peer, model = record.peer, record.model
-        if len(target) + len(method) <= SHORT >= len(model) + len(peer):
-            request = _known_request(method, target, record.http)
-            peer, model = _known_word(peer), _known_word(model)
-        else:
-            request = _request(method, target, record.http)
-            peer, model = _word(peer), _word(model)
+        is_short = (
+            len(target) + len(method) + len(record.model) + len(record.peer) <= SHORT
+        )
+        known = _known_words if is_short else _words
+        before, after = known(
+            record.peer, method, target, record.http, record.protocol, record.model
+        )
         code = record.code or "-"
         return self._template % (
-            (now - second) * 1000,
-            peer,
-            request,
+            millisecond,
+            before,
             _colour_of(code) if self._has_colours else code,
             record.sent,
-            (perf_counter_ns() - record.started) / 1e6,
-            record.protocol,
-            model,
+            record.took / 1e6,
+            after,
             record.request_id,
             record.trace[0],
         )
@@ -167,8 +190,7 @@ class _Json:
         self._template = ""
 
     def line(self, record: Record) -> str:
-        now = time()
-        second = int(now)
+        second, millisecond = _ended(record)
         if second != self._second:
             self._second = second
             self._template = (
@@ -190,20 +212,26 @@ class _Json:
         code = record.code
         trace, span, _ = record.trace
         return self._template % (
-            (now - second) * 1000,
+            millisecond,
             what,
             code or "-",
             peer,
             request,
             _json_code(code),
             record.sent,
-            (perf_counter_ns() - record.started) / 1e6,
+            record.took / 1e6,
             record.protocol,
             model,
             quote(record.request_id),
             trace,
             span,
         )
+
+
+def _ended(record: Record) -> tuple[int, int]:
+    """When a request ended: seconds since 1970, and milliseconds."""
+    ago = perf_counter_ns() - record.started - record.took
+    return divmod((time_ns() - ago) // 1_000_000, 1000)
 
 
 def _fields(record: Record) -> dict[str, Any]:
@@ -218,7 +246,7 @@ def _fields(record: Record) -> dict[str, Any]:
         "status": status,
         "grpc_status": grpc_status,
         "bytes": record.sent,
-        "duration_ms": round((perf_counter_ns() - record.started) / 1e6, 3),
+        "duration_ms": round(record.took / 1e6, 3),
         "protocol": record.protocol,
         "model": visible(record.model, MAX_WORD),
         "request_id": record.request_id,
@@ -269,9 +297,13 @@ def _json_word(text: str) -> str:
     return quoted(text, MAX_WORD)
 
 
-def _request(method: str, target: str, http: str) -> str:
+def _words(  # noqa: PLR0917 - by position, as `lru_cache` wants them
+    peer: str, method: str, target: str, http: str, protocol: str, model: str
+) -> tuple[str, str]:
+    """What a line says of a request before its outcome, and after it."""
     path = visible(_path(target), MAX_PATH)
-    return f"{visible(method, MAX_WORD)} {path} HTTP/{http}"
+    request = f"{visible(method, MAX_WORD)} {path} HTTP/{http}"
+    return f'{_word(peer)} "{request}"', f"{protocol} {_word(model)}"
 
 
 def _json_request(method: str, target: str, http: str) -> tuple[str, str]:
@@ -284,9 +316,8 @@ def _json_request(method: str, target: str, http: str) -> tuple[str, str]:
     )
 
 
-_known_word = lru_cache(maxsize=1024)(_word)
 _known_json = lru_cache(maxsize=1024)(_json_word)
-_known_request = lru_cache(maxsize=1024)(_request)
+_known_words = lru_cache(maxsize=1024)(_words)
 _known_json_request = lru_cache(maxsize=1024)(_json_request)
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import traceback
-from functools import cached_property
 from collections.abc import Container
+from functools import cached_property
 from pathlib import Path
+from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
 import anyio
@@ -120,6 +121,7 @@ class Application:
 
     def ended(self, record: Record) -> None:
         """Count and log a request that is over."""
+        record.took = perf_counter_ns() - record.started
         self._count(record)
         if self._writes:
             self._access.write(record)
@@ -156,7 +158,8 @@ class Application:
     async def load(self, leave_out: Container[str] = ()) -> None:
         """Load every model in turn; raise StartupError, with the place, if one fails.
 
-        leave_out: names of models that are as good as unloaded again. Returns early where a stop is asked for meanwhile.
+        leave_out: names of models that are as good as unloaded again. Returns early
+        where a stop is asked for meanwhile.
         """
         with anyio.CancelScope() as self._loading:
             for model in self.models:

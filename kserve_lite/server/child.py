@@ -225,7 +225,7 @@ class Child:
                 "async def, or allow it more time"
             )
             self.process.kill()
-        elif silence > SILENCE and not self._is_warned:
+        elif silence > SILENCE and not (self._is_warned or self.stopping):
             self._is_warned = True
             log.warning(
                 "the event loop of worker %d has been blocked for %.1f s: it answers "

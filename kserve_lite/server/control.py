@@ -1,17 +1,18 @@
 """What a supervisor and its worker say to each other: objects of JSON, a line each.
 
-worker       hello                      its event loop runs
-beat                       it still does
-loaded                     may I accept connections?
-ready      banner          all of its models are, and it accepts
-failed     reason          it ends, and why, in one line
-stopped    drained aborted it has finished what was in flight
-ask        id verb name    have all workers load or unload a model
-done       id fault        it has obeyed an order
-supervisor   accept     unloaded        yes; but these models are not served
-stop       at_once         finish what is in flight; or do not
-order      id verb name    load or unload a model
-answer     id fault        all have obeyed what it asked for
+A worker says:
+* hello: its event loop runs. beat: it still does.
+* loaded: may it accept connections? ready (banner): all its models are, and it accepts.
+* failed (reason): it ends, and why, in one line.
+* stopped (drained, aborted): it has finished what was in flight.
+* ask (id, verb, name): it was asked to have all workers load or unload a model.
+* begins: to obey an order, which may take its time. done (id, fault): it has obeyed.
+
+A supervisor says:
+* accept (unloaded): accept connections, without models of these names.
+* stop (at_once): finish what is in flight, or do not.
+* order (id, verb, name): load or unload a model.
+* answer (id, fault): all have obeyed what this worker had asked for.
 """
 
 from __future__ import annotations

@@ -45,6 +45,10 @@ def run(*models: Model, argv: Sequence[str] | None = None, **settings: Any) -> N
     argv: the command line to read flags from; default: that of the process.
     settings: defaults by the flags' names; flags and environment beat them.
 
+    With `workers` above 1, or `reload`, this process supervises others, each of which
+    runs the same command line up to this call: what a program does before, it does in
+    each. SIGHUP then restarts them one by one, without a request failing.
+
     Returns after a clean stop. What keeps it from starting ends the process with one
     line on standard error and status 1.
     """

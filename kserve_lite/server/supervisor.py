@@ -146,8 +146,9 @@ class Supervisor:
             if self._places[place] is child and not self._stopping.is_set():
                 # Nobody may meet a worker that loads, unless there is no other: then
                 # liveness is to answer, as at the start.
-                others = any(other.ready.is_set() for other in self._children)
-                waits = others or self._reloads
+                others = [c for c in self._children if c.ready.is_set()]
+                serves = any(not other.stopping for other in others)
+                waits = serves or self._reloads
                 self._places[place] = await self._spawn(waits=waits)
 
     async def _recover(self, child: Child, failures: int) -> bool:

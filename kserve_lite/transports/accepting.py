@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 from collections.abc import Callable
 
@@ -21,11 +22,15 @@ from kserve_lite.metrics import CONNECTIONS
 log = logging.getLogger("kserve_lite")
 
 # Seconds that siblings are given: several times what waking takes.
-PATIENCE = 0.002
+PATIENCE = 0.001
 
-# Connections taken at once when no sibling has come in that time, so that a blocked
-# one costs the others little.
-BATCH = 8
+# How many connections it may have more than a sibling before it waits: short ones come
+# and go, and waiting for each would slow them down.
+SLACK = 2
+
+# Connections taken at once, at most, when none has come in that time: twice as many
+# each further time, so that a sibling that is blocked costs the others little.
+BATCH = 16
 
 # Seconds to wait where the process, or the machine, has too many open files.
 FULL = 0.5
@@ -34,7 +39,7 @@ _KEY = (NOW, CONNECTIONS.name)
 
 
 class Share:
-    """Whether this process has more connections than a sibling.
+    """How many connections this process and its siblings have.
 
     board, index: of all processes, and of this one's sheet there.
     """
@@ -44,18 +49,20 @@ class Share:
         self._words, self._at = own.words, own.row(*_KEY)
         self._siblings = [s for s in board.sheets if s is not own]
 
-    def exceeds(self, further: int) -> bool:
-        """Whether a sibling that accepts connections has fewer.
+    @property
+    def own(self) -> int:
+        return self._words[self._at]
 
-        further: connections of this process that are not counted on the board yet.
-        """
-        number = self._words[self._at] + further
+    @property
+    def fewest(self) -> float:
+        """What the sibling has that has fewest; infinite where none accepts any."""
+        fewest = math.inf
         for sheet in self._siblings:
             if sheet.state in (State.SERVING, State.READY):
                 at = sheet.find(_KEY)
-                if at is not None and sheet.words[at] < number:
-                    return True
-        return False
+                if at is not None:
+                    fewest = min(fewest, sheet.words[at])
+        return fewest
 
 
 class Acceptor:
@@ -72,6 +79,8 @@ class Acceptor:
         self._share = share
         self._loop = asyncio.get_running_loop()
         self._waiting: asyncio.TimerHandle | None = None
+        self._batch = 1
+        self._fewest = math.inf
         self._tasks: set[asyncio.Task[object]] = set()
         self._loop.add_reader(sock.fileno(), self._on_readable)
 
@@ -84,9 +93,27 @@ class Acceptor:
         self._sock.close()
 
     def _on_readable(self) -> None:
-        if self._share.exceeds(len(self._tasks)):
+        fewest = self._share.fewest
+        # Those that begin are not counted yet.
+        if self._share.own + len(self._tasks) > fewest + SLACK:
+            self._fewest = fewest
             self._wait(PATIENCE)
-        elif not take(self._sock, self._make, 1, self._tasks):
+        else:
+            self._batch = 1
+            self._take()
+
+    def _after_waiting(self) -> None:
+        self._waiting = None
+        self._loop.add_reader(self._sock.fileno(), self._on_readable)
+        is_idle = self._share.fewest == self._fewest
+        self._batch = min(2 * self._batch, BATCH) if is_idle else 1
+        self._take()
+
+    def _take(self) -> None:
+        try:
+            take(self._sock, self._make, self._batch, self._tasks)
+        except OSError as error:
+            log.error("no connection can be accepted: %s", error.strerror)
             self._wait(FULL)
 
     def _wait(self, seconds: float) -> None:
@@ -94,39 +121,29 @@ class Acceptor:
         self._loop.remove_reader(self._sock.fileno())
         self._waiting = self._loop.call_later(seconds, self._after_waiting)
 
-    def _after_waiting(self) -> None:
-        self._waiting = None
-        self._loop.add_reader(self._sock.fileno(), self._on_readable)
-        if not take(self._sock, self._make, BATCH, self._tasks):
-            self._wait(FULL)
-
 
 def take(
     sock: socket.socket,
     make: Callable[[], asyncio.BaseProtocol],
     most: int,
     tasks: set[asyncio.Task[object]],
-) -> bool:
-    """Accept what waits at a socket, so many at most; False: no more are possible.
+) -> None:
+    """Accept what waits at a socket, so many at most. tasks: those that go on.
 
-    tasks: those that go on.
+    Raises OSError where there are too many open files.
     """
     loop = asyncio.get_running_loop()
     for _ in range(most):
         try:
             connection, _peer = sock.accept()
         except BlockingIOError:  # none waits
-            return True
+            return
         except ConnectionError:  # it was reset meanwhile
             continue
-        except OSError as error:
-            log.error("no connection can be accepted: %s", error.strerror)
-            return False
         connection.setblocking(False)
         task = loop.create_task(_begin(loop, make, connection))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
-    return True
 
 
 async def _begin(

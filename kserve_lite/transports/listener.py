@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from contextlib import suppress
 
 import anyio
 
@@ -142,7 +143,8 @@ class Listener:
         if not self._servers:
             return
         for sock in self._sockets:
-            take(sock, self._newcomer, BACKLOG, self._beginning)
+            with suppress(OSError):  # too many open files: those that wait are lost
+                take(sock, self._newcomer, BACKLOG, self._beginning)
         self._close_sockets()
         if self._beginning:
             await asyncio.wait(self._beginning)

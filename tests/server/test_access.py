@@ -48,6 +48,7 @@ def record_of(target: str = "/v1/models/m:predict", **known: Any) -> Record:
         "protocol": "v1",
         "code": 200,
         "sent": 15,
+        "took": 1_000_000,
     }.items():
         setattr(record, name, known.pop(name, value))
     assert not known
@@ -230,10 +231,19 @@ def test_what_can_be_read_is_not_escaped() -> None:
 def test_the_clock_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     log = own(stream, log_format="json")
-    now = 1_700_000_000.25
-    monkeypatch.setattr(access, "time", lambda: now)
-    for now in (1_700_000_000.25, 1_700_000_000.999, 1_700_000_001.0):  # noqa: B007
-        log.write(record_of())
+    now = 0
+    monkeypatch.setattr(access, "time_ns", lambda: now)
+    monkeypatch.setattr(access, "perf_counter_ns", lambda: 0)
+    for now in (250, 999, 1000, 2100):
+        now += 1_700_000_000_000
+        now *= 1_000_000
+        record = record_of()
+        # The last ended a tenth of a second ago.
+        record.started, record.took = (
+            -300_000_000,
+            200_000_000 + 100_000_000 * (now % 1_000_000_000 != 100_000_000),
+        )
+        log.write(record)
     log.close()
     assert [
         json.loads(line)["timestamp"] for line in stream.getvalue().splitlines()
@@ -241,6 +251,7 @@ def test_the_clock_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
         "2023-11-14T22:13:20.250Z",
         "2023-11-14T22:13:20.999Z",
         "2023-11-14T22:13:21.000Z",
+        "2023-11-14T22:13:22.000Z",
     ]
 
 
@@ -253,9 +264,8 @@ def test_what_is_remembered_is_bounded() -> None:
         log.close()
     long = "x" * 300
     caches = (
-        access._known_word,
+        access._known_words,
         access._known_json,
-        access._known_request,
         access._known_json_request,
     )
     before = [cache.cache_info().misses for cache in caches]

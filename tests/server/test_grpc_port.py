@@ -103,7 +103,7 @@ async def test_the_default_port_may_be_in_use(
         asked.append((port, flag))
         return listen_on(host, taken if port == 8081 else port, flag)
 
-    monkeypatch.setattr("kserve_lite.server.lifecycle.listen_on", elsewhere)
+    monkeypatch.setattr("kserve_lite.server.sockets.listen_on", elsewhere)
     port = free_port()
     async with (
         serve(make_echo(), http_port=port, host="127.0.0.1") as server,

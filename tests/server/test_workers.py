@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from kserve_lite import SettingsError, serve
+from kserve_lite.server.orders import MOST
 from tests.server.fleet import (
     APP,
     PREDICT,
@@ -25,13 +27,14 @@ from tests.server.fleet import (
     Load,
     exists,
     is_alive,
+    memory_of,
     pid_of,
     sockets_of,
     status_of,
     until,
 )
 from tests.server.process import PATIENCE, environment, finish
-from tests.server.test_run import CLI, one_line, report
+from tests.server.test_run import CLI, free_port, one_line, report
 from tests.transports.client import echo, model_of
 
 pytestmark = pytest.mark.skipif(
@@ -54,7 +57,6 @@ WAYS: list[tuple[str, ...]] = [
     ("app.py",),
     ("-m", "app"),
     (*CLI, "app:model"),
-    ("-c", "import app; app.run(app.model)"),
 ]
 
 
@@ -62,8 +64,7 @@ WAYS: list[tuple[str, ...]] = [
 def test_ways_to_start(folder: Path, program: tuple[str, ...]) -> None:
     with Fleet(folder, program=program) as fleet:
         workers = fleet.serving(2)
-        held = sockets_of(fleet.process.pid)
-        assert any("memfd" in name for name in held)
+        assert memory_of(fleet.process.pid) == memory_of(min(workers))
         result = fleet.stop()
         assert not any(exists(pid) for pid in workers)
     assert (result.status, report(result)) == (0, (0, 0))
@@ -155,16 +156,19 @@ def test_kept_connections_are_shared_evenly(folder: Path, loop: str) -> None:
         fleet.serving(2)
         with fleet.kept(64) as connections:
             shares = Counter(pid_of(connection) for connection in connections)
-    # 32 each, but for one that is given too much time by a busy machine.
-    assert min(shares.values()) >= 24, shares
+    # 32 each, but where the machine gives one of them no time to come.
+    assert len(shares) == 2
+    assert min(shares.values()) >= 16, shares
 
 
 def test_all_protocols_come_to_all_workers(folder: Path) -> None:
-    with Fleet(folder) as fleet:
+    second = free_port()
+    with Fleet(folder, "--grpc_port", str(second)) as fleet:
         workers = fleet.serving(2)
-        with Load(fleet.port) as load:
-            until(lambda: load.failures or workers | {"grpc"} <= set(load.answers))
-        assert load.failures == []
+        for port in (fleet.port, second):
+            with Load(port) as load:
+                until(lambda: load.failures or workers | {"grpc"} <= set(load.answers))
+            assert load.failures == []
 
 
 def test_a_blocked_worker_holds_up_no_new_connection(folder: Path) -> None:
@@ -180,9 +184,8 @@ def test_a_blocked_worker_holds_up_no_new_connection(folder: Path) -> None:
         blocked.close()
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_too_many_open_files_only_delay(folder: Path, loop: str) -> None:
-    with Fleet(folder, "--event_loop", loop) as fleet:
+def test_too_many_open_files_only_delay(folder: Path) -> None:
+    with Fleet(folder) as fleet:
         workers = fleet.serving(2)
         before = {pid: resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in workers}
         for pid in workers:
@@ -242,6 +245,19 @@ def test_a_blocked_worker_is_seen_and_replaced(folder: Path) -> None:
         assert len(fleet.serving(2) & workers) == 1
 
 
+def test_a_machine_that_was_suspended_has_no_blocked_worker(folder: Path) -> None:
+    with Fleet(folder, "--worker_timeout", "1") as fleet:
+        workers = fleet.serving(2)
+        os.killpg(fleet.process.pid, signal.SIGSTOP)
+        time.sleep(2)
+        os.killpg(fleet.process.pid, signal.SIGCONT)
+        assert fleet.serving(2) == workers
+        # One that is stopped alone is as good as blocked.
+        os.kill(min(workers), signal.SIGSTOP)
+        fleet.log(f"worker {min(workers)} failed: its event loop was blocked for 1 s")
+        assert max(workers) in fleet.serving(2)
+
+
 def test_a_long_load_is_no_blocked_loop(folder: Path) -> None:
     """At the start, and on demand."""
     text = APP.replace(
@@ -250,31 +266,28 @@ def test_a_long_load_is_no_blocked_loop(folder: Path) -> None:
     )
     (folder / "app.py").write_text(text)
     (folder / "load waits").touch()
-    with Fleet(folder, "--worker_timeout", "0.3", serves=False) as fleet:
+    with Fleet(folder, "--worker_timeout", "0.8", serves=False) as fleet:
         loads = folder / "loads"
         until(lambda: loads.exists() and loads.stat().st_size == 2)
         workers = fleet.workers
-        time.sleep(1.0)  # what is waited for is that nothing happens
+        time.sleep(1.2)  # what is waited for is that nothing happens
         (folder / "load waits").unlink()
         fleet._read_banner()
         assert fleet.serving(2) == workers
         (folder / "load waits").touch()
         connection = fleet.begin("/v2/repository/models/m/load", {})
         until(lambda: loads.stat().st_size == 4)
-        time.sleep(1.0)
+        time.sleep(1.2)
         (folder / "load waits").unlink()
         assert status_of(connection) == 200
         connection.close()
         assert fleet.serving(2) == workers
 
 
-@pytest.mark.parametrize("program", [("app.py",), (*CLI, "app:model")], ids=" ".join)
-def test_a_load_that_fails_at_the_start_is_told_once(
-    folder: Path, program: tuple[str, ...]
-) -> None:
+def test_a_load_that_fails_at_the_start_is_told_once(folder: Path) -> None:
     (folder / "load fails").touch()
     flags = ("--http_port", "0", "--workers", "3", "--host", "127.0.0.1")
-    result = finish(*program, *flags, cwd=folder)
+    result = finish("app.py", *flags, cwd=folder)
     assert result.status == 1
     (line,) = result.errors
     assert line.startswith("kserve-lite: model 'm' failed to load: OSError: no such")
@@ -343,14 +356,11 @@ def test_a_worker_that_is_told_to_stop_is_no_failure(folder: Path) -> None:
 def test_live_from_the_first_moment_and_ready_when_all_are(folder: Path) -> None:
     text = APP.replace('"load waits"', 'f"load waits {os.getpid() % 2}"')
     (folder / "app.py").write_text(text)
-    port_of = "--http_port"
-    from tests.server.test_run import free_port
-
     port = free_port()
     waits = [folder / "load waits 0", folder / "load waits 1"]
     for file in waits:
         file.touch()
-    with Fleet(folder, port_of, str(port), serves=False) as fleet:
+    with Fleet(folder, "--http_port", str(port), serves=False) as fleet:
         fleet.url = f"http://127.0.0.1:{port}"
         until(lambda: len(fleet.workers) == 2)
         parities = {pid % 2 for pid in fleet.workers}
@@ -425,15 +435,29 @@ def test_a_load_that_fails_is_told(folder: Path) -> None:
         assert fleet.ask("/v2/repository/models/other/load", {})[0] == 404
 
 
+def test_loads_that_wait_are_bounded(folder: Path) -> None:
+    with Fleet(folder) as fleet, fleet.kept(MOST + 5) as connections:
+        (folder / "load waits").touch()
+        for connection in connections:
+            connection.request("POST", "/v2/repository/models/m/load", "{}")
+
+        def refused() -> int:
+            sockets = [connection.sock for connection in connections]
+            return len(select.select(sockets, [], [], 0)[0])
+
+        # One is carried out, and as many wait.
+        until(lambda: refused() == 5 - 1)
+        (folder / "load waits").unlink()
+        statuses = Counter(status_of(connection) for connection in connections)
+        assert statuses == {200: MOST + 1, 503: 4}
+        assert fleet.ready()
+
+
 def test_a_worker_that_dies_holds_up_no_load(folder: Path) -> None:
     with Fleet(folder) as fleet:
         workers = fleet.serving(2)
         (folder / "load waits").touch()
         connection = fleet.begin("/v2/repository/models/m/load", {})
-        (folder / "gate").touch()
-        with fleet.kept(4) as others:
-            owner = {pid_of(other): other for other in others}
-            assert set(owner) == workers
         for pid in workers:
             # The one that was asked cannot answer; so only the other one is killed.
             if not holds(pid, connection):
