@@ -222,7 +222,10 @@ class RequestCounts:
             # `Histogram.observe`, without the call: every request comes by here.
             took = record.took
             words[times + bisect_left(_FINE, took)] += 1
-            words[times + _FINE_SUM] += took
+            try:
+                words[times + _FINE_SUM] += took
+            except ValueError:  # beyond 64 bits, as there
+                words[times + _FINE_SUM] = 0
 
     def _places_of(self, record: Record) -> tuple[int, int]:
         model = record.model if self._is_known(record.model) else ""

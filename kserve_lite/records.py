@@ -7,21 +7,23 @@ Handlers see its ids through their `Context`.
 
 from __future__ import annotations
 
-import random
+import os
 import re
 from collections.abc import Callable, Mapping
 from time import perf_counter_ns
+from typing import TypeAlias
 
-RawHeaders = tuple[tuple[bytes, bytes], ...]
+# The values of x-request-id and traceparent.
+Ids: TypeAlias = tuple[bytes, bytes]
 
-# Neither id may be all zeros.
-_NOT_ZERO = 1 << 64 | 1
-# W3C Trace Context, section 3.2: version, trace id, parent id, flags. What later
-# versions add behind is not looked at.
+# W3C Trace Context, section 3.2: version, trace id, parent id, flags. Only versions
+# after 00 may have something behind, which is not looked at.
 _TRACEPARENT = re.compile(
-    r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})"
-    r"(?:-.*)?"
+    r"(?:00(?=.{53}\Z)|(?!00|ff)[0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-"
+    r"(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?"
 )
+# Sampled, and that the trace id is random; others are not ours to pass on.
+_FLAGS = 0b11
 # A client's id of more characters is not taken: it is logged and sent back.
 MAX_ID = 128
 
@@ -37,18 +39,27 @@ class Record:
     of a gRPC method; empty where there is no such thing. model: the name of the model
     that is asked for, which may not exist; empty where none is. protocol: "v1", "v2",
     "generate", "grpc", or "http" for what is none of them. code: the HTTP status or the
-    name of the gRPC status; empty until it is known; 499 where the client went first.
-    sent: bytes of the answer's body. took: nanoseconds until the answer had been sent.
+    name of the gRPC status; empty until it is known; 499 (CANCELLED) where the client
+    went first, or the server had to stop. sent: bytes of
+    the answer's body. took: nanoseconds until the answer had been sent.
     """
 
-    action = ""
-    model = ""
-    protocol = "http"
-    code: int | str = ""
-    sent = 0
-    took = 0
-    _request_id = ""
-    _trace: tuple[str, str, str] | None = None
+    __slots__ = (
+        "_ids",
+        "action",
+        "code",
+        "headers",
+        "http",
+        "is_gone",
+        "method",
+        "model",
+        "peer",
+        "protocol",
+        "sent",
+        "started",
+        "target",
+        "took",
+    )
 
     def __init__(  # noqa: PLR0917 - by position: by name it takes twice as long
         self,
@@ -66,6 +77,11 @@ class Record:
         self.peer = peer
         self.is_gone = is_gone
         self.started = perf_counter_ns()
+        self.action = self.model = ""
+        self.protocol = "http"
+        self.code: int | str = ""
+        self.sent = self.took = 0
+        self._ids: Ids | None = None
 
     @property
     def request_id(self) -> str:
@@ -74,9 +90,7 @@ class Record:
         A client's id is taken only if it has at most 128 visible ASCII characters,
         since it is written to logs and sent back.
         """
-        if self._trace is None:
-            self._identify()
-        return self._request_id
+        return self.ids[0].decode("ascii")
 
     @property
     def trace(self) -> tuple[str, str, str]:
@@ -85,42 +99,44 @@ class Record:
         The trace is the one that `traceparent` names, or else a new one, whose id is
         that of the request unless the client gave one.
         """
-        return self._trace or self._identify()
+        _, trace, span, flags = self.ids[1].decode("ascii").split("-")
+        return trace, span, flags
 
     @trace.setter
-    def trace(self, ids: tuple[str, str, str]) -> None:
-        self._identify()
-        self._trace = ids
-
-    def _identify(self) -> tuple[str, str, str]:
-        headers = self.headers
-        digits = f"{random.getrandbits(192) | _NOT_ZERO:048x}"
-        request_id, span = digits[:32], digits[32:]
-        self._trace = trace = request_id, span, "00"
-        if "x-request-id" in headers:
-            given = headers["x-request-id"]
-            request_id = given if _is_id(given) else request_id
-        self._request_id = request_id
-        if "traceparent" in headers:
-            match = _TRACEPARENT.fullmatch(headers["traceparent"])
-            if match is not None:
-                self._trace = trace = match[1], span, match[3]
-        return trace
+    def trace(self, trace: tuple[str, str, str]) -> None:
+        self._ids = self.ids[0], "-".join(("00", *trace)).encode("ascii")
 
     @property
-    def fields(self) -> RawHeaders:
-        """The fields that tell the client its request's ids."""
-        trace, span, flags = self._trace or self._identify()
-        return (
-            (b"x-request-id", self._request_id.encode("ascii")),
-            (b"traceparent", f"00-{trace}-{span}-{flags}".encode("ascii")),
-        )
+    def ids(self) -> Ids:
+        """The request's id, and `traceparent`, as the client is told."""
+        ids = self._ids
+        if ids is None:
+            try:
+                ids = _fresh.pop()
+            except IndexError:
+                ids = _make_fresh()
+            headers = self.headers
+            if "x-request-id" in headers or "traceparent" in headers:
+                ids = _given(headers, *ids)
+            self._ids = ids
+        return ids
 
     @property
     def traceparent(self) -> str:
         """What others are told who take part in the trace (W3C, section 3.2)."""
-        trace, span, flags = self.trace
-        return f"00-{trace}-{span}-{flags}"
+        return self.ids[1].decode("ascii")
+
+
+def _given(headers: Mapping[str, str], request_id: bytes, traceparent: bytes) -> Ids:
+    """The ids that a client gives, where they can be taken, else those made here."""
+    given = headers.get("x-request-id", "")
+    if _is_id(given):
+        request_id = given.encode("ascii")
+    match = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
+    if match is not None:
+        span, flags = traceparent[36:52], int(match[3], 16) & _FLAGS
+        traceparent = b"00-%b-%b-%02x" % (match[1].encode(), span, flags)
+    return request_id, traceparent
 
 
 def _is_id(given: str) -> bool:
@@ -128,6 +144,26 @@ def _is_id(given: str) -> bool:
     return fits and given.isprintable() and " " not in given
 
 
+# Ids that are made and not used yet: one by one they take three times as long.
+_fresh: list[Ids] = []
+# A process that is forked must not use those that its parent will.
+os.register_at_fork(after_in_child=_fresh.clear)
+
+
+def _make_fresh(count: int = 64) -> Ids:
+    """Make some, and return another one, since other threads may take them all."""
+    digits = os.urandom(24 * count).hex().encode()
+    cuts = range(0, len(digits), 48)
+    traces = [digits[cut : cut + 32] for cut in cuts]
+    spans = [digits[cut + 32 : cut + 48] for cut in cuts]
+    pairs = [part for pair in zip(traces, spans, strict=True) for part in pair]
+    parents = (b"00-%b-%b-00 " * count % tuple(pairs)).split()
+    first, *others = zip(traces, parents, strict=True)
+    _fresh.extend(others)
+    return first
+
+
 def new_id() -> str:
     """Return a fresh id of 32 hexadecimal digits. It names, it does not protect."""
-    return f"{random.getrandbits(128) or 1:032x}"
+    # Not of `random`, which models seed: ids would come again in every process.
+    return os.urandom(16).hex()

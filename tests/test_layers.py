@@ -23,6 +23,7 @@ LAYERS = {
     "kserve_lite.wire": 1,
     "kserve_lite.counters": 1,
     "kserve_lite.records": 1,
+    "kserve_lite.telling": 1,
     "kserve_lite.metrics": 1,
     "kserve_lite.tensors": 1,
     "kserve_lite.messages": 1,

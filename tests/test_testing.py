@@ -615,3 +615,34 @@ async def test_a_failing_load_is_raised_in_a_loop() -> None:
     with pytest.raises(StartupError, match="OSError: no weights"):
         async with AsyncClient(doubling(load=load)):
             pytest.fail("it must not start")
+
+
+# --- settings of logs ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("access_log", [True, False])
+def test_lines_go_where_the_program_says(
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    access_log: bool,
+) -> None:
+    caplog.set_level("INFO", "kserve_lite")
+    settings = {"access_log": access_log, "log_format": "json", "log_level": "ERROR"}
+    with Client(doubling(), enable_latency_logging=True, **settings) as client:
+        answer = client.request("POST", "/v1/models/m:predict", json={"instances": [1]})
+    assert "predict;dur=" in answer.headers["server-timing"]
+    names = [record.name for record in caplog.records]
+    assert names.count("kserve_lite.trace") == 1
+    assert names.count("kserve_lite.access") == access_log
+    assert "POST /v1" not in "".join(capfd.readouterr())
+
+
+def test_a_handlers_own_server_timing_stays() -> None:
+    async def predict(payload: Any, response_headers: dict[str, str]) -> Any:
+        response_headers["Server-Timing"] = "own;dur=1"
+        return payload
+
+    model = Model("m", predict=predict)
+    with Client(model, enable_latency_logging=True) as client:
+        answer = client.request("POST", "/v1/models/m:predict", json=[1])
+    assert answer.headers["server-timing"] == "own;dur=1"

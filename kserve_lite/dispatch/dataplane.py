@@ -77,6 +77,7 @@ class DataPlane:
         # `def ready` checks have a thread of their own: they must not wait behind
         # predictions.
         self._checks = Offload(1, "kserve-lite-ready")
+        self._failing: set[Model] = set()  # whose `ready` handler has raised just now
         self._accepting = True
         self._change = asyncio.Event()
         self._idle: set[anyio.CancelScope] = set()
@@ -167,12 +168,16 @@ class DataPlane:
             return True
         try:
             with anyio.fail_after(READY_TIMEOUT):
-                return bool(
-                    await self.stages.call(check, running, offload=self._checks)
-                )
-        except Exception:  # user code: whatever it raises means "not ready"
-            log.exception("the ready handler of model %s failed", model.name)
+                answer = await self.stages.call(check, running, offload=self._checks)
+                is_ready = bool(answer)
+        except (Exception, SystemExit):  # user code: whatever it raises is "not ready"
+            # Probes, and siblings, ask each second: the first failure is told.
+            if model not in self._failing:
+                log.exception("the ready handler of model %s failed", model.name)
+                self._failing.add(model)
             return False
+        self._failing.discard(model)
+        return is_ready
 
     def statistics_of(self, model: Model) -> Statistics:
         """What a model has done; made when it is first asked for."""

@@ -25,6 +25,7 @@ class Running:
     batcher: what puts its rows together; None where it does not batch.
     queues: whether its requests may have to wait, for a thread or for their turn.
     is_staged: whether a lone handler's calls, too, are to be timed or wait.
+    batches: calls for rows of several requests that run, or wait for their turn.
     in_flight: requests that are being answered, and threads that still run for
         requests which have been given up.
     """
@@ -32,6 +33,7 @@ class Running:
     __slots__ = (
         "_emptied",
         "batcher",
+        "batches",
         "gate",
         "in_flight",
         "is_staged",
@@ -53,6 +55,7 @@ class Running:
         self.queues = False
         self.is_staged = False
         self.in_flight = 0
+        self.batches = 0
         self._emptied: asyncio.Event | None = None
 
     @property
@@ -71,18 +74,24 @@ class Running:
     ) -> None:
         """A request is over; see `Statistics.count`."""
         self.statistics.count(started, stage, times, succeeded)
-        self.in_flight -= 1
-        if not self.in_flight and self._emptied is not None:
-            self._emptied.set()
+        self.end()
 
     def end(self) -> None:
         """A request, or a thread, has ended."""
         self.in_flight -= 1
-        if not self.in_flight and self._emptied is not None:
+        self._tell()
+
+    def batch_ended(self) -> None:
+        """A batch's call has ended; its requests may have been given up before."""
+        self.batches -= 1
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._emptied is not None and not self.in_flight and not self.batches:
             self._emptied.set()
 
     async def drained(self) -> None:
         """Wait until nothing is in flight; no request may begin meanwhile."""
-        if self.in_flight:
+        if self.in_flight or self.batches:
             self._emptied = asyncio.Event()
             await self._emptied.wait()

@@ -26,6 +26,7 @@ from kserve_lite.dispatch.statistics import QUEUE, Statistics, Times, waited
 from kserve_lite.handlers import Call, Handler, Stage
 from kserve_lite.messages import Context
 from kserve_lite.model import Model, Plan
+from kserve_lite.telling import tell
 
 trace = logging.getLogger("kserve_lite.trace")
 
@@ -86,7 +87,9 @@ class Stages:
                     )
         if self._timed:
             _log_latency(context, times)
-            context.response_headers.setdefault("server-timing", _timing(times))
+            headers = context.response_headers
+            if not any(name.lower() == "server-timing" for name in headers):
+                headers["server-timing"] = _timing(times)
         return value
 
     async def _stage(
@@ -151,14 +154,14 @@ class Stages:
         """
         lone = len(handler.tensors) == 1
         arguments = tuple(arrays.values()) if lone else arrays
-        running.begin()
+        running.batches += 1
         try:
             async with Turn(running.gate, running):
                 started = perf_counter_ns()
                 work = self.call(handler, running, arguments)
                 result = await (_to_its_end(work) if handler.call is _THREAD else work)
         finally:
-            running.end()
+            running.batch_ended()
         rows = len(next(iter(arrays.values())))
         running.statistics.add_batch(rows, perf_counter_ns() - started)
         return result
@@ -221,7 +224,7 @@ def _log_latency(context: Context, times: Times) -> None:
     took = {f"{stage}_ms": round(times.get(stage, 0) / 1e6, 6) for stage in _TOLD}
     told = ", ".join(f"{name}: {ms}" for name, ms in took.items())
     known = {"request_id": context.request_id, "model": context.model_name, **took}
-    trace.info("requestId: %s, %s", context.request_id, told, extra=known)
+    tell(trace, f"requestId: {context.request_id}, {told}", known)
 
 
 # In KServe's order.

@@ -62,7 +62,6 @@ class Rpc:
         """
         headers = request.headers
         call: Any = Call(stream, request, self._limit, record)
-        record.protocol = "grpc"
         if request.target in self._mapping:
             record.action = request.target.rpartition("/")[2]
         unary = self._unary.get(request.target)

@@ -26,6 +26,7 @@ from kserve_lite.messages import asked_deadline
 from kserve_lite.records import Record
 from kserve_lite.rpc.compression import ACCEPTED, inflate, too_long
 from kserve_lite.wire.events import (
+    ID_NAMES,
     Buffer,
     Data,
     EndOfMessage,
@@ -205,7 +206,7 @@ class Call:
         if size <= _SMALL and (only is message or len(message) == 1):
             body = b"\0" + size.to_bytes(4, "big") + only
             record.sent = size + 5
-            stream.send(Response(self._id, 200, self._head(), body, OK, record.fields))
+            stream.send(Response(self._id, 200, self._head(), body, OK, record.ids))
             return
         stream.send(*self._framed(message), Trailers(self._id, OK))
         if stream.stalled:
@@ -221,8 +222,8 @@ class Call:
         events: list[Outgoing] = []
         if not self._begun:
             self._begun = True
-            own = self.record.fields
-            events.append(Response(stream_id, 200, self._head(), own=own))
+            ids = self.record.ids
+            events.append(Response(stream_id, 200, self._head(), ids=ids))
         for piece in pieces:
             if prefix and len(piece) <= _SMALL:
                 piece = prefix + piece
@@ -269,11 +270,9 @@ class Call:
             trailers = OK if own == _OK else _encoded(own)
             self._stream.send(Trailers(self._id, trailers))
         else:
-            fields = self.record.fields
-            known = {name for name, _ in fields}
-            said = [pair for pair in _encoded(own) if pair[0] not in known]
-            status = int(headers[0][1])
-            head = Response(self._id, status, (*HEAD, *said), own=fields)
+            said = [pair for pair in _encoded(own) if pair[0] not in ID_NAMES]
+            status, ids = int(headers[0][1]), self.record.ids
+            head = Response(self._id, status, (*HEAD, *said), ids=ids)
             self._stream.send(head, EndOfMessage(self._id))
 
 

@@ -58,9 +58,11 @@ _RESERVED = frozenset(
         "content-type",
         "keep-alive",
         "te",
+        "traceparent",
         "transfer-encoding",
         "upgrade",
         "user-agent",
+        "x-request-id",
     )
 )
 
@@ -106,14 +108,16 @@ class InferenceService:
     async def server_ready(self, *_: object) -> Any:
         return _ServerReadyResponse(ready=await self.dataplane.ready())
 
-    async def model_ready(self, request: Any, _: Call) -> Any:
+    async def model_ready(self, request: Any, call: Call) -> Any:
+        call.record.model = request.name
         model = self.dataplane.get(request.name, request.version or None)
         return _ModelReadyResponse(ready=await self.dataplane.model_ready(model))
 
     async def server_metadata(self, *_: object) -> Any:
         return message_from(_ServerMetadataResponse, descriptions.server_metadata())
 
-    async def model_metadata(self, request: Any, _: Call) -> Any:
+    async def model_metadata(self, request: Any, call: Call) -> Any:
+        call.record.model = request.name
         model = self.dataplane.get(request.name, request.version or None)
         versions = self.dataplane.registry.versions(model.name)
         document = descriptions.model_metadata(model, versions)
@@ -121,12 +125,14 @@ class InferenceService:
         del document["platform"]
         return message_from(_ModelMetadataResponse, document)
 
-    async def model_config(self, request: Any, _: Call) -> Any:
+    async def model_config(self, request: Any, call: Call) -> Any:
+        call.record.model = request.name
         model = self.dataplane.get(request.name, request.version or None)
         document = {"config": descriptions.model_config(model)}
         return message_from(_ModelConfigResponse, document)
 
-    async def model_statistics(self, request: Any, _: Call) -> Any:
+    async def model_statistics(self, request: Any, call: Call) -> Any:
+        call.record.model = request.name
         name, version = request.name or None, request.version or None
         document = descriptions.statistics(self.dataplane, name, version)
         return message_from(_ModelStatisticsResponse, document)
@@ -237,16 +243,17 @@ class InferenceService:
         return message_from(_RepositoryIndexResponse, {"models": models})
 
     async def model_load(self, request: Any, call: Call) -> Any:
+        call.record.model = request.triton_model_name or request.model_name
         self.repository.check_control(call.record.peer, call.headers())
         check_count("parameters", request.parameters)
         check_load_parameters(request.parameters)
-        name = request.triton_model_name or request.model_name
+        name = call.record.model
         await self.repository.load_named(name)
         return _ModelLoadResponse(model_name=name, isLoaded=True)
 
     async def model_unload(self, request: Any, call: Call) -> Any:
+        name = call.record.model = request.triton_model_name or request.model_name
         self.repository.check_control(call.record.peer, call.headers())
-        name = request.triton_model_name or request.model_name
         await self.repository.unload_named(name)
         return _ModelUnloadResponse(model_name=name, isUnloaded=True)
 

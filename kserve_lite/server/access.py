@@ -11,7 +11,7 @@ Probes are requests, too. Lines are of level INFO: `log_level` WARNING drops the
 
 They go to standard output, as KServe's do, straight: a LogRecord a line would take
 ten times as long. Only where the program or `log_config` configured logging itself
-they go through the logger "kserve_lite.access", with the same fields as `extra`. What a
+they go through the logger "kserve_lite.access", with the same fields. What a
 peer sent is escaped, so that it ends no line and steers no terminal, and cut, so that a
 line fits in 4096 bytes, which a pipe that several processes write to keeps whole.
 """
@@ -19,6 +19,7 @@ line fits in 4096 bytes, which a pipe that several processes write to keeps whol
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import os
 import sys
@@ -42,6 +43,7 @@ from kserve_lite.server.logs import (
     utc,
 )
 from kserve_lite.server.settings import ServerSettings
+from kserve_lite.telling import tell
 
 log = logging.getLogger("kserve_lite.access")
 
@@ -53,8 +55,8 @@ MAX_WORD = 128
 TOGETHER = 32
 DELAY = 0.05
 
-# In JSON, and as `extra`. status is a number: a gRPC call's is 200, or 499 where the
-# client went first; grpc_status, its own status, is there for a call only.
+# In JSON, and of LogRecords. status is a number: a gRPC call's is 200; grpc_status, its
+# own status, is there for a call only.
 FIELDS = (
     "peer",
     "method",
@@ -85,7 +87,7 @@ class AccessLog:
         self._pending: list[Record] = []
         if self._on and _only_ours_listens():
             self._lines = Lines(stream)
-        self._format: Callable[[Record], str] = (
+        self._format: Callable[[Record, int], bytes] = (
             _Json().line
             if settings.log_format == "json"
             else _Text(has_colours(stream)).line
@@ -100,13 +102,17 @@ class AccessLog:
         """
         pending = self._pending
         pending.append(record)
+        # Lines of several requests belong to the context, and the span, of none.
         if len(pending) >= TOGETHER:
-            self._settle()
+            contextvars.Context().run(self._settle)
         elif len(pending) == 1:
+            context = contextvars.Context()
             try:
-                asyncio.get_running_loop().call_later(DELAY, self._settle)
+                loop = asyncio.get_running_loop()
             except RuntimeError:
-                self._settle()
+                context.run(self._settle)
+            else:
+                loop.call_later(DELAY, self._settle, context=context)
 
     def _settle(self) -> None:
         """Make the lines of what is pending."""
@@ -116,10 +122,12 @@ class AccessLog:
         lines = self._lines
         if lines is not None and not log.handlers:
             if not lines.dead:
-                lines.add("".join(map(self._format, pending)))
+                # From the clock of records to the world's.
+                since = time_ns() - perf_counter_ns()
+                lines.add(b"".join([self._format(record, since) for record in pending]))
         elif log.hasHandlers():
             for record in pending:
-                log.info("%s", self._told(record), extra=_fields(record))
+                tell(log, self._told(record), _fields(record))
 
     def flush(self, seconds: float = 1.0) -> None:
         """Wait until what was written is out, but no longer than `seconds`."""
@@ -146,42 +154,41 @@ def _only_ours_listens() -> bool:
 
 class _Text:
     def __init__(self, colours: bool) -> None:
-        self._has_colours = colours
+        self._code = _coloured_code if colours else _plain_code
         self._second = 0
-        # An f-string takes longer, for numbers that have a format.
-        self._template = ""
+        # Bytes, as the ids are; an f-string takes longer, for numbers with a format.
+        self._template = b""
 
-    def line(self, record: Record) -> str:
-        second, millisecond = _ended(record)
+    def line(self, record: Record, since: int) -> bytes:
+        ended = (since + record.started + record.took) // 1_000_000
+        second, millisecond = divmod(ended, 1000)
         if second != self._second:
             self._second = second
             self._template = (
                 f"{strftime('%Y-%m-%d %H:%M:%S', localtime(second))}.%03d {os.getpid()}"
-                f" {log.name} %s %s %d %.2fms %s id=%s trace=%s\n"
-            )
+                f" {log.name} %b %b %d %.2fms %b id=%b trace=%b\n"
+            ).encode()
         method, target = record.method, record.target
-        is_short = (
-            len(target) + len(method) + len(record.model) + len(record.peer) <= SHORT
-        )
+        peer, model = record.peer, record.model
+        is_short = len(target) + len(method) + len(model) + len(peer) <= SHORT
         known = _known_words if is_short else _words
-        before, after = known(
-            record.peer, method, target, record.http, record.protocol, record.model
-        )
-        code = record.code or "-"
+        before, after = known(peer, method, target, record.http, record.protocol, model)
+        request_id, traceparent = record.ids
         return self._template % (
             millisecond,
             before,
-            _colour_of(code) if self._has_colours else code,
+            self._code(record.code),
             record.sent,
             record.took / 1e6,
             after,
-            record.request_id,
-            record.trace[0],
+            request_id,
+            traceparent[3:35],
         )
 
     def told(self, record: Record) -> str:
         """What the line says after the name of the logger."""
-        return self.line(record).partition(f" {log.name} ")[2].rstrip("\n")
+        line = self.line(record, 0).decode()
+        return line.partition(f" {log.name} ")[2].rstrip("\n")
 
 
 class _Json:
@@ -189,8 +196,9 @@ class _Json:
         self._second = 0
         self._template = ""
 
-    def line(self, record: Record) -> str:
-        second, millisecond = _ended(record)
+    def line(self, record: Record, since: int) -> bytes:
+        ended = (since + record.started + record.took) // 1_000_000
+        second, millisecond = divmod(ended, 1000)
         if second != self._second:
             self._second = second
             self._template = (
@@ -211,7 +219,7 @@ class _Json:
             peer, model = _json_word(peer), _json_word(model)
         code = record.code
         trace, span, _ = record.trace
-        return self._template % (
+        line = self._template % (
             millisecond,
             what,
             code or "-",
@@ -226,16 +234,11 @@ class _Json:
             trace,
             span,
         )
-
-
-def _ended(record: Record) -> tuple[int, int]:
-    """When a request ended: seconds since 1970, and milliseconds."""
-    ago = perf_counter_ns() - record.started - record.took
-    return divmod((time_ns() - ago) // 1_000_000, 1000)
+        return line.encode(errors="backslashreplace")
 
 
 def _fields(record: Record) -> dict[str, Any]:
-    """A request's fields as `extra`: escaped, for whatever format they end up in."""
+    """A request's fields of a LogRecord: escaped, whatever format they end up in."""
     trace, span, _ = record.trace
     status, grpc_status = _statuses(record.code)
     fields = {
@@ -274,14 +277,19 @@ def _json_code(code: int | str) -> str:
 
 
 @lru_cache(maxsize=64)
-def _colour_of(code: int | str) -> str:
+def _plain_code(code: int | str) -> bytes:
+    return str(code or "-").encode()
+
+
+@lru_cache(maxsize=64)
+def _coloured_code(code: int | str) -> bytes:
     if isinstance(code, int):
         colour = (GREEN, GREEN, GREEN, CYAN, YELLOW, RED)[min(code // 100, 5)]
     elif code == "OK":
         colour = GREEN
     else:
         colour = RED if code in ("INTERNAL", "UNAVAILABLE", "UNKNOWN") else YELLOW
-    return coloured(str(code), colour)
+    return coloured(str(code or "-"), colour).encode()
 
 
 # Characters of what is looked up together.
@@ -299,11 +307,14 @@ def _json_word(text: str) -> str:
 
 def _words(  # noqa: PLR0917 - by position, as `lru_cache` wants them
     peer: str, method: str, target: str, http: str, protocol: str, model: str
-) -> tuple[str, str]:
+) -> tuple[bytes, bytes]:
     """What a line says of a request before its outcome, and after it."""
     path = visible(_path(target), MAX_PATH)
     request = f"{visible(method, MAX_WORD)} {path} HTTP/{http}"
-    return f'{_word(peer)} "{request}"', f"{protocol} {_word(model)}"
+    before, after = f'{_word(peer)} "{request}"', f"{protocol} {_word(model)}"
+    return before.encode(errors="backslashreplace"), after.encode(
+        errors="backslashreplace"
+    )
 
 
 def _json_request(method: str, target: str, http: str) -> tuple[str, str]:

@@ -1,14 +1,14 @@
 """Models and what answers for them: all of a server but its sockets.
 
 What listens (`lifecycle.Server`), an ASGI server (`asgi.py`) and tests without a port
-(`testing.py`) each bring requests to one of these.
+(`testing/`) each bring requests to one of these.
 """
 
 from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Container
+from collections.abc import Callable, Container
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter_ns
@@ -31,7 +31,8 @@ from kserve_lite.rest.replies import Reply
 from kserve_lite.server.access import AccessLog
 from kserve_lite.server.metrics import Metrics
 from kserve_lite.server.settings import Settings
-from kserve_lite.server.tracing import Tracing, make_tracing
+from kserve_lite.server.tracing import make_tracing
+from kserve_lite.telling import failed
 from kserve_lite.transports.exchange import App, Rpc
 from kserve_lite.wire.events import Buffer, Request
 
@@ -72,7 +73,7 @@ class Application:
         self._rest = Endpoints(
             self.dataplane,
             self.repository,
-            metrics=Metrics(self.board, publish=self._publish).render,
+            metrics=Metrics(self.board, publish=self.publish).render,
         )
         self._tracing = make_tracing(
             settings.server.enable_tracing, own_process=own_process
@@ -80,8 +81,13 @@ class Application:
         if self._tracing is not None:
             self.dataplane.stages.span = self._tracing.stage
         self._access = AccessLog(settings.server)
-        self._writes = settings.server.access_log
-        self._count = RequestCounts(self.sheet, self._is_known).count
+        count = RequestCounts(self.sheet, self._is_known).count
+        # Who is told when a request is over: spans end before lines are written.
+        self._told: list[tuple[str, Callable[[Record], None]]] = [("counting", count)]
+        if self._tracing is not None:
+            self._told.append(("tracing", self._tracing.end))
+        if settings.server.access_log:
+            self._told.append(("logging", self._access.write))
         # Made when they are entered: this may be built outside an event loop.
         self._loading: anyio.CancelScope | None = None
         self._unloading: anyio.CancelScope | None = None
@@ -114,24 +120,24 @@ class Application:
             return answer
 
         async def traced(request: Request, stream: CallStream, record: Record) -> None:
-            tracing.begin(record)
+            tracing.begin(record, is_call=True)
             await answer(request, stream, record)
 
         return traced
 
     def ended(self, record: Record) -> None:
-        """Count and log a request that is over."""
+        """Count and log a request that is over; raises nothing."""
         record.took = perf_counter_ns() - record.started
-        self._count(record)
-        if self._writes:
-            self._access.write(record)
-        if self._tracing is not None:
-            self._tracing.end(record)
+        for kind, told in self._told:
+            try:
+                told(record)
+            except Exception as error:  # noqa: BLE001 - span processors may be anybody's
+                failed(f"the {kind} of a request failed", error)
 
     def _is_known(self, name: str) -> bool:
         return name in self.dataplane.registry
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
         """Bring what holds at this moment onto the sheet."""
         in_flight = dict.fromkeys(self.dataplane.registry.names(), 0)
         for model, running in self.dataplane.running.items():

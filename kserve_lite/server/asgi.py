@@ -33,6 +33,7 @@ from kserve_lite.server.application import Application
 from kserve_lite.server.asgi_stream import (
     AsgiStream,
     Disconnected,
+    Message,
     Receive,
     Refused,
     Scope,
@@ -41,7 +42,7 @@ from kserve_lite.server.asgi_stream import (
     split_target,
 )
 from kserve_lite.server.settings import Settings, known_settings, make_settings
-from kserve_lite.transports.exchange import exchange, send_refusal
+from kserve_lite.transports.exchange import cut, exchange, record_of, send_refusal
 from kserve_lite.transports.timeouts import CANCEL_AGAIN
 from kserve_lite.wire.events import Buffer, Headers, Request
 
@@ -159,8 +160,18 @@ class Asgi:
             await send({"type": "lifespan.startup.complete"})
             await receive()
         finally:
+            left = await self._leave()
+        await send(left)
+
+    async def _leave(self) -> Message:
+        """Stop, and return how that went."""
+        try:
             await self.__aexit__(None, None, None)
-        await send({"type": "lifespan.shutdown.complete"})
+        except Exception as error:
+            log.exception("an asgi() application failed to stop")
+            message = f"{type(error).__name__}: {error}"
+            return {"type": "lifespan.shutdown.failed", "message": message}
+        return {"type": "lifespan.shutdown.complete"}
 
     @asynccontextmanager
     async def _live(self) -> AsyncGenerator[None]:
@@ -207,6 +218,7 @@ class Asgi:
                 seconds=self.settings.connection.body_timeout,
             )
         except Disconnected:
+            cut(request, stream, application.ended)
             return
         except Refused as refused:
             # The rest of the body is not read, so nothing can follow it.
@@ -220,8 +232,12 @@ class Asgi:
             reply = await application.answer(request, body, record)
             return _seen_from(prefix, reply, record) if prefix else reply
 
+        def ended(record: Record) -> None:
+            stream.settle(record)
+            application.ended(record)
+
         async def run() -> None:
-            await exchange(answer, request, body, stream, application.ended)
+            await exchange(answer, request, body, stream, ended)
             if stream.complete:
                 await stream.drain()
 
@@ -240,6 +256,8 @@ class Asgi:
                 # What is wrong with receiving shows in the answer, if anywhere.
                 await asyncio.gather(watching, return_exceptions=True)
             self._exchanges.discard(answering)
+            if not stream.settled:  # cancelled before the task's first step
+                ended(record_of(request, stream))
         await stream.close()
 
     def _warn(self) -> None:

@@ -7,13 +7,16 @@ https://asgi.readthedocs.io/en/latest/specs/www.html
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 from urllib.parse import quote, unquote
 
 from kserve_lite.errors import KServeLiteError, ServerNotReady
+from kserve_lite.records import Record
 from kserve_lite.rest.replies import error_reply, fault_reply
+from kserve_lite.transports.exchange import sent_headers
 from kserve_lite.transports.timeouts import MIN_RATE
 from kserve_lite.wire.events import (
     Buffer,
@@ -22,7 +25,10 @@ from kserve_lite.wire.events import (
     Headers,
     Outgoing,
     Response,
+    fields_of_ids,
 )
+
+log = logging.getLogger("kserve_lite")
 
 Scope: TypeAlias = dict[str, Any]
 Message: TypeAlias = dict[str, Any]
@@ -66,6 +72,7 @@ class AsgiStream:
         self.peer = str(client[0]) if client else ""
         self.lost = False
         self.complete = False
+        self.settled = False
         self._is_head = scope["method"] == "HEAD"
         self._put = send
         self._events: deque[Outgoing] = deque()
@@ -99,7 +106,8 @@ class AsgiStream:
                 for message in self._messages(self._events.popleft()):
                     self._has_started = True
                     await self._put(message)
-        except OSError:  # the client has gone
+        except OSError as error:  # the client has gone, by the specification
+            log.debug("an answer could not be sent", exc_info=error)
             self.lost = True
             self._events.clear()
 
@@ -109,6 +117,26 @@ class AsgiStream:
     def end(self, complete: bool) -> None:
         self.complete = complete and not self._has_failed
 
+    def settle(self, record: Record) -> None:
+        """Put something in place of an answer that nothing can be sent of any more.
+
+        Once, when the exchange is over; `close()` sends it.
+        """
+        self.settled = True
+        if self.complete or self._is_doomed():
+            return
+        self._events.clear()
+        reply = fault_reply(ServerNotReady())
+        if self._has_failed:
+            reply = error_reply(500, "The server failed. Its log has more.")
+        body = cast("bytes", reply.body)
+        record.code, record.sent = reply.status, len(body)
+        headers = sent_headers(0, reply.headers)
+        self.send(Response(1, reply.status, headers, body, ids=record.ids))
+
+    def _is_doomed(self) -> bool:
+        return self.lost or self._has_started or self._error is not None
+
     async def close(self) -> None:
         """See to it that an answer that is not complete does not look so."""
         if self._error is not None:
@@ -117,18 +145,12 @@ class AsgiStream:
             return
         if self._has_started:
             raise AnswerCut
-        self._events.clear()
-        reply = fault_reply(ServerNotReady())
-        if self._has_failed:
-            reply = error_reply(500, "The server failed. Its log has more.")
-        body: Any = reply.body
-        self.send(Response(1, reply.status, (), body, own=reply.headers))
         await self.flush()
 
     def _messages(self, event: Outgoing) -> Iterator[Message]:
         if isinstance(event, Response):
             # Less date and server, which come first.
-            headers = [*event.headers[2:], *event.own]
+            headers = [*event.headers[2:], *fields_of_ids(event.ids)]
             if event.body is not None:
                 headers.append((b"content-length", b"%d" % len(event.body)))
             yield {

@@ -7,6 +7,7 @@ A worker says:
 * stopped (drained, aborted): it has finished what was in flight.
 * ask (id, verb, name): it was asked to have all workers load or unload a model.
 * begins: to obey an order, which may take its time. done (id, fault): it has obeyed.
+* unloads (within): it has begun to unload its models, before it ends; in seconds.
 
 A supervisor says:
 * accept (unloaded): accept connections, without models of these names.
@@ -29,6 +30,12 @@ from kserve_lite.errors import InferenceFault, Kind
 Message: TypeAlias = dict[str, Any]
 # What an `InferenceFault` is on the way: its kind's name and its reason.
 Fault: TypeAlias = list[str]
+
+
+# Characters of a reason that are told; a load may fail with a whole tensor in words.
+LONGEST = 4096
+# Seconds that the other side has to read what is said when no event loop runs.
+PATIENCE = 1.0
 
 
 def line_of(kind: str, **fields: Any) -> bytes:
@@ -94,5 +101,8 @@ class Channel(asyncio.Protocol):
 
 def say_once(sock: socket.socket, kind: str, **fields: Any) -> None:
     """Say something where no event loop runs."""
-    with suppress(OSError):  # nobody is there
+    # The event loop's copy has made it non-blocking, which both have in common: without
+    # a timeout, what does not fit into the socket's buffer would be lost.
+    sock.settimeout(PATIENCE)
+    with suppress(OSError):  # nobody is there, or listens
         sock.sendall(line_of(kind, **fields))

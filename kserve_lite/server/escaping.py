@@ -28,10 +28,7 @@ def visible(text: str, most: int) -> str:
     parts: list[str] = []
     size = 0
     for character in text:
-        if character in '"\\':
-            character = "\\" + character
-        elif not character.isprintable():
-            character = escaped(character)
+        character = "\\" + character if character in '"\\' else escaped(character)
         size += len(character.encode())
         parts.append(character)
         if size > most:
@@ -53,9 +50,18 @@ def quoted(text: str, most: int) -> str:
     return quote(text[:most] + "...")
 
 
-def escaped(text: str) -> str:
-    """Text whose every character is written as Python's escape for it."""
-    return "".join(map(_escape, text))
+def escaped(text: str, but: str = "") -> str:
+    """Text with Python's escapes for what cannot be seen, but for these characters.
+
+    That is what Unicode calls control, format, surrogate, private and unassigned
+    characters, and separators other than the space (`str.isprintable`).
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character in but else _escape(character)
+        for character in text
+    )
 
 
 def _escape(character: str) -> str:

@@ -37,7 +37,7 @@ class Seat:
     board, index: of all of them, and the number of its own sheet. ports: they listen
     already. admitted: returns when it may accept connections, which is asked when its
     models are loaded; without it, it accepts at once. unloaded: names of models that it
-    does not load.
+    does not load. unloads: is told before it unloads its models in the end.
     """
 
     board: Board
@@ -45,6 +45,7 @@ class Seat:
     ports: Ports
     admitted: Callable[[], Awaitable[None]] | None = None
     unloaded: frozenset[str] = frozenset()
+    unloads: Callable[[], Awaitable[None]] | None = None
 
 
 class Server:
@@ -171,6 +172,8 @@ class Server:
                 await self._shutdown()
             with anyio.CancelScope(shield=True):
                 await self._listener.abort()
+                if self._seat is not None and self._seat.unloads is not None:
+                    await self._seat.unloads()
                 await self.application.unload()
 
     async def _startup(self) -> None:
@@ -182,13 +185,20 @@ class Server:
             application.sheet.state = State.SERVING
             await self._listen(ports)
             await application.load(seat.unloaded if seat else ())
+            await self._loaded()
         else:
             application.sheet.state = State.STARTING
             await application.load(seat.unloaded)
             await self._admission(seat.admitted)
+            # Before it listens: what loads here must not make the siblings unready.
+            await self._loaded()
             await self._listen(ports)
+
+    async def _loaded(self) -> None:
+        """Tell the siblings, if there are any, whether the models are ready."""
+        is_ready = self._seat is None or await self.dataplane.own_ready()
         if not self.stopped:
-            application.sheet.state = State.READY
+            self.application.sheet.state = State.READY if is_ready else State.SERVING
 
     async def _listen(self, ports: Ports) -> None:
         if self.stopped:

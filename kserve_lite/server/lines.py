@@ -18,10 +18,10 @@ from typing import TextIO
 
 log = logging.getLogger("kserve_lite")
 
-# Lines wait so many seconds for others, unless there are so many characters of them.
+# Lines wait so many seconds for others, unless there are so many bytes of them.
 DELAY = 0.1
 ENOUGH = 64 * 1024
-# Characters that wait while the stream blocks; as many more are being written.
+# Bytes that wait while the stream blocks; as many more are being written.
 MOST = 1024 * 1024
 # Seconds between two lines about those that were dropped.
 REPORT = 10.0
@@ -43,18 +43,18 @@ class Lines:
         self._lock = RLock()
         self._changed = Condition(self._lock)
         self._thread: Thread | None = None
-        self._lines: list[str] = []
+        self._lines: list[bytes] = []
         self._size = 0
         self._dropped = 0
         self._report_due = 0.0
         self._is_busy = self._is_hurried = self._is_closing = False
         self._is_failing = False
 
-    def add(self, line: str) -> None:
-        """Have a line written soon; without waiting."""
+    def add(self, line: bytes) -> None:
+        """Have a line, or several, written soon; without waiting."""
         with self._lock:
             if self._size >= MOST:
-                self._dropped += 1
+                self._dropped += line.count(b"\n")
                 return
             self._lines.append(line)
             self._size += len(line)
@@ -93,7 +93,7 @@ class Lines:
             self._thread.start()
         except RuntimeError:  # the system's limit of threads: the next line tries again
             self._thread = None
-            self._dropped += len(self._lines)
+            self._dropped += b"".join(self._lines).count(b"\n")
             self._lines.clear()
             self._size = 0
 
@@ -130,12 +130,13 @@ class Lines:
     def _is_urgent(self) -> bool:
         return self._size >= ENOUGH or self._is_hurried or self._is_closing
 
-    def _write(self, lines: list[str]) -> None:
+    def _write(self, lines: list[bytes]) -> None:
         try:
             for chunk in _chunks(lines, self._chunk):
                 self._write_chunk(chunk)
-        except (OSError, ValueError) as error:  # ValueError: a stream that was closed
-            gone = getattr(error, "errno", None) in (errno.EPIPE, errno.EBADF, None)
+        except Exception as error:  # noqa: BLE001 - the stream may be anybody's
+            gone = getattr(error, "errno", None) in (errno.EPIPE, errno.EBADF)
+            gone = gone or getattr(self._stream, "closed", False)
             if not self._is_failing:
                 log.warning(
                     "access lines cannot be written to standard output: %s%s",
@@ -162,9 +163,9 @@ class Lines:
                 waiter.poll()
 
 
-def _chunks(lines: list[str], most: int) -> Iterator[memoryview]:
+def _chunks(lines: list[bytes], most: int) -> Iterator[memoryview]:
     """Whole lines together, at most so many bytes, unless it is one line."""
-    data = "".join(lines).encode(errors="backslashreplace")
+    data = b"".join(lines)
     view = memoryview(data)
     start = 0
     while len(data) - start > most:

@@ -16,7 +16,6 @@ import json
 import logging
 import logging.config
 import os
-import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -90,11 +89,6 @@ def coloured(text: str, colour: int) -> str:
     return f"\x1b[{colour}m{text}\x1b[0m"
 
 
-# Control characters but newline and tab, C1 among them (0x9b starts a terminal's escape
-# sequence); what breaks lines elsewhere, and what reverses the order of text.
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-
-
 _COLOURS = {
     "DEBUG": GREY,
     "INFO": GREEN,
@@ -117,8 +111,7 @@ class TextFormatter(logging.Formatter):
             text = self._trace.format(record)
         else:
             text = super().format(record)
-        text = _UNSEEN.sub(lambda found: escaped(found[0]), text)
-        text = text.replace("\n", "\n    ")
+        text = escaped(text, "\n\t").replace("\n", "\n    ")
         if self._has_colours and record.levelname in _COLOURS:
             level = coloured(record.levelname, _COLOURS[record.levelname])
             text = text.replace(f" {record.levelname} ", f" {level} ", 1)

@@ -23,6 +23,7 @@ import anyio
 from kserve_lite.errors import KServeLiteError, StartupError
 from kserve_lite.model import Model
 from kserve_lite.server.banner import banner
+from kserve_lite.server.child import STARTED_IN
 from kserve_lite.server.lifecycle import Server
 from kserve_lite.server.logs import configure_logging
 from kserve_lite.server.settings import Settings, make_settings, parse_flags
@@ -34,6 +35,11 @@ log = logging.getLogger("kserve_lite")
 # Of mallopt(3).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+
+# Seconds after which a thread that keeps the interpreter gives it up to one that waits,
+# Python's own being 0.005: with six handlers that compute in Python the event loop is
+# one of seven that wait for it, several times a request.
+SWITCH_INTERVAL = 0.0001
 
 # Set while the command line imports the user's module, whose run() must then wait.
 importing: str | None = None
@@ -47,7 +53,8 @@ def run(*models: Model, argv: Sequence[str] | None = None, **settings: Any) -> N
 
     With `workers` above 1, or `reload`, this process supervises others, each of which
     runs the same command line up to this call: what a program does before, it does in
-    each. SIGHUP then restarts them one by one, without a request failing.
+    each. SIGHUP then restarts them one by one, without a request failing. What it does
+    after this call, or at exit, has 3 seconds in each: then the process is killed.
 
     Returns after a clean stop. What keeps it from starting ends the process with one
     line on standard error and status 1.
@@ -74,8 +81,9 @@ def run(*models: Model, argv: Sequence[str] | None = None, **settings: Any) -> N
 
 def _folder() -> Path:
     """Where the program is that runs."""
-    program = Path(sys.argv[0])
-    return program.resolve().parent if program.is_file() else Path.cwd()
+    folder = Path(STARTED_IN or "")
+    program = folder / sys.argv[0]
+    return program.resolve().parent if program.is_file() else folder.resolve()
 
 
 def fail(error: KServeLiteError) -> None:
@@ -91,12 +99,6 @@ def _tell(error: BaseException) -> None:
         given.fail(line)
     else:
         print(f"kserve-lite: {line}", file=sys.stderr, flush=True)
-
-
-# Seconds after which a thread that keeps the interpreter gives it up to one that waits,
-# Python's own being 0.005: with six handlers that compute in Python the event loop is
-# one of seven that wait for it, several times a request.
-SWITCH_INTERVAL = 0.0001
 
 
 def serve_process(

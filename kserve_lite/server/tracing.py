@@ -98,6 +98,7 @@ def _missing(error: ImportError) -> StartupError:
 
 class _Open(NamedTuple):
     span: Span
+    is_call: bool
     current: Context
     before: Context
 
@@ -115,14 +116,15 @@ class Tracing:
         self._finish = finish
         self._open: dict[Record, _Open] = {}
 
-    def begin(self, record: Record) -> None:
+    def begin(self, record: Record, *, is_call: bool = False) -> None:
         """Begin a request's span and make it current; before anything reads its ids.
 
-        In the request's own task. `end()` must follow.
+        is_call: whether it is a gRPC call, which only those know who answer it: its
+        headers are the peer's. In the request's own task. `end()` must follow.
         """
         api = self._api
         parent = self._extract(self._carried(record), self._context.Context())
-        name, attributes = _described(record)
+        name, attributes = _described(record, is_call)
         span = self._tracer.start_span(
             name,
             parent,
@@ -141,7 +143,7 @@ class Tracing:
         before = self._context.get_current()
         current = api.set_span_in_context(span, parent)
         self._context.attach(current)
-        self._open[record] = _Open(span, current, before)
+        self._open[record] = _Open(span, is_call, current, before)
 
     def end(self, record: Record) -> None:
         """End a request's span, as what is known of its answer says.
@@ -156,6 +158,10 @@ class Tracing:
             self._context.attach(opened.before)
         span = opened.span
         if span.is_recording():
+            if opened.is_call and not record.action:
+                # There is no such method: a name that the peer made up is none for a
+                # span, however the call ended.
+                span.update_name("grpc _OTHER")
             failed = _tell(span, record)
             if failed:
                 span.set_attribute("error.type", failed)
@@ -205,7 +211,7 @@ class Tracing:
         return found
 
 
-def _described(record: Record) -> tuple[str, dict[str, str]]:
+def _described(record: Record, is_call: bool) -> tuple[str, dict[str, str]]:
     """The name of a request's span, and what is known of it at its beginning."""
     headers = record.headers
     attributes = {
@@ -217,7 +223,7 @@ def _described(record: Record) -> tuple[str, dict[str, str]]:
     agent = headers.get("user-agent")
     if agent:
         attributes["user_agent.original"] = visible(agent, MAX_WORD)
-    if headers.get("content-type", "").startswith("application/grpc"):
+    if is_call:
         path = visible(record.target, MAX_WORD)
         service, _, method = path.removeprefix("/").rpartition("/")
         attributes |= {
@@ -274,9 +280,6 @@ def _tell(span: Span, record: Record) -> str:
         return "unanswered"
     if code in _GRPC:
         span.set_attribute("rpc.grpc.status_code", _GRPC.index(code))
-    if code == "UNIMPLEMENTED" and not record.action:
-        # There is no such method: a name that the peer made up is none for a span.
-        span.update_name("grpc _OTHER")
     return code if code in _GRPC_FAILED else ""
 
 

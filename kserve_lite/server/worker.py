@@ -8,7 +8,6 @@ from the event loop itself, orders, and the end when the supervisor ends.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ import select
 import signal
 import socket
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -26,6 +26,7 @@ import anyio
 from kserve_lite.counters import Board, State
 from kserve_lite.errors import InferenceFault, ServerNotReady
 from kserve_lite.server.control import (
+    LONGEST,
     Channel,
     Fault,
     Message,
@@ -64,7 +65,7 @@ class Assignment:
 
     def fail(self, reason: str) -> None:
         """Tell the supervisor why this process ends."""
-        say_once(self.control, "failed", reason=reason)
+        say_once(self.control, "failed", reason=reason[:LONGEST])
 
 
 @cache
@@ -78,13 +79,16 @@ def assignment() -> Assignment | None:
         return None
     given = json.loads(text)
     if not _is_here(*given["control"]):
+        unblock_signals()
         return None  # it was meant for a process that has started this one
     descriptors = [given["control"][0], given["board"], *given["first"]]
     for fd in (*descriptors, *given["second"]):
         os.set_inheritable(fd, False)
     # A terminal's hangup is for the supervisor, and so are its SIGINT, which the
-    # supervisor has blocked until somebody here listens to it, and SIGTERM.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # supervisor has blocked until somebody here listens to it, and SIGTERM. A handler:
+    # what is ignored, processes that are started from here would ignore, too.
+    with suppress(ValueError):  # another thread than the main one may not
+        signal.signal(signal.SIGHUP, lambda *_: None)
     return Assignment(
         socket.socket(fileno=given["control"][0]),
         Board(given["sheets"], given["board"]),
@@ -116,6 +120,7 @@ class Worker:
             given.ports,
             self._admitted if given.waits else None,
             frozenset(given.unloaded),
+            self._unloads,
         )
         self.server: Server
         self._channel = Channel(self._take, self._orphaned)
@@ -123,8 +128,7 @@ class Worker:
         self._answers: dict[int, asyncio.Future[None]] = {}
         self._accept: asyncio.Future[list[str]]
         self._orders: asyncio.Queue[Message] = asyncio.Queue()
-        # Orders are carried out one after the other, as everywhere.
-        self._turn = asyncio.Lock()
+        self._is_loaded = asyncio.Event()
         self._knows = threading.Event()  # that it has no supervisor
 
     async def open(self, server: Server) -> None:
@@ -147,6 +151,7 @@ class Worker:
             tasks.start_soon(self._look)
 
     def ready(self, banner: str) -> None:
+        self._is_loaded.set()
         self._channel.say("ready", banner=banner)
 
     def stopped(self) -> None:
@@ -157,6 +162,8 @@ class Worker:
     async def _beat(self) -> None:
         while True:
             self._channel.beat()
+            # Whichever process is asked for metrics, it reads what the others tell.
+            self.server.application.publish()
             await anyio.sleep(BEAT)
 
     async def _look(self) -> None:
@@ -194,7 +201,7 @@ class Worker:
         Who would kill it for that is no more, and nobody else knows of it.
         """
         hangup = select.poll()
-        hangup.register(self._given.control, 0)  # POLLHUP is always told
+        hangup.register(self._given.control, select.POLLHUP)
         hangup.poll()
         settings = self.server.settings
         patience = settings.server.worker_timeout or settings.dispatch.grace_period
@@ -213,12 +220,12 @@ class Worker:
         self._answers.clear()
 
     async def _obey(self) -> None:
-        """Carry orders out, one after the other."""
+        """Carry orders out, one after the other, when all models are loaded."""
+        await self._is_loaded.wait()
         while True:
             order = await self._orders.get()
-            async with self._turn:
-                self._channel.say("begins")
-                fault = await self._carry_out(order["verb"], order["name"])
+            self._channel.say("begins")
+            fault = await self._carry_out(order["verb"], order["name"])
             self._channel.say("done", id=order["id"], fault=fault)
 
     async def _carry_out(self, verb: str, name: str) -> Fault | None:
@@ -232,14 +239,22 @@ class Worker:
 
     async def _admitted(self) -> None:
         """Wait until connections may be accepted, and be as the siblings are."""
-        async with self._turn:
-            self._channel.say("loaded")
-            wanted = set(await self._accept)
-            for name in sorted(wanted ^ set(self._given.unloaded)):
-                await self._carry_out("unload" if name in wanted else "load", name)
+        self._channel.say("loaded")
+        wanted = set(await self._accept)
+        for name in sorted(wanted ^ set(self._given.unloaded)):
+            await self._carry_out("unload" if name in wanted else "load", name)
+
+    async def _unloads(self) -> None:
+        """Tell that unload handlers follow, which may block the event loop."""
+        settings = self.server.settings
+        within = settings.dispatch.grace_period * len(self.server.application.models)
+        self._channel.say("unloads", within=within)
+        await asyncio.sleep(0)  # uvloop writes when its turn is over
 
     async def _ask(self, verb: str, name: str) -> None:
         """Have every process load or unload a model; raises InferenceFault."""
+        if self._knows.is_set():  # nobody would answer
+            raise ServerNotReady
         number = next(self._ids)
         self._answers[number] = future = asyncio.get_running_loop().create_future()
         self._channel.say("ask", id=number, verb=verb, name=name)
@@ -258,5 +273,4 @@ def _settle(future: asyncio.Future[Any], fault: Fault | None) -> None:
 
 def unblock_signals() -> None:
     """Take what the supervisor has blocked for this process while it starts."""
-    with contextlib.suppress(ValueError):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))

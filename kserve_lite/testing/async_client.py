@@ -25,11 +25,13 @@ _JSON_SIZE = "inference-header-content-length"
 class AsyncClient:
     """Models, and a client of theirs, in the event loop that runs.
 
-    settings: as `serve()` takes them; those of ports, TLS, workers and logs change
-    nothing. Models may be loaded and unloaded (`enable_model_control`) unless that is
-    said to be false. Entering it loads the models and raises StartupError where one
-    fails; leaving it cuts what is still in flight and unloads them. Calls may run at
-    the same time. Raises SettingsError, StartupError without a model.
+    settings: as `serve()` takes them; those of ports, TLS and workers change nothing,
+    nor do log_level, log_format and log_config: lines, access lines too, go where the
+    program has logging write them. Models may be loaded and unloaded
+    (`enable_model_control`) unless that is said to be false. Entering it loads the
+    models and raises StartupError where one fails; leaving it cuts what is still in
+    flight and unloads them. Calls may run at the same time. Raises SettingsError,
+    StartupError without a model.
 
     model: the model's name; may be left out where there is only one. headers: of the
     request, metadata over gRPC. The methods of V1, V2 and generate raise Refused where

@@ -12,6 +12,7 @@ import asyncio
 import fcntl
 import math
 import termios
+from contextvars import copy_context
 from typing import TYPE_CHECKING, cast
 
 from kserve_lite.transports.timeouts import CLOSING_EVERY, MIN_RATE
@@ -37,6 +38,9 @@ class Connection(asyncio.BufferedProtocol):
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport
+        # What requests begin with: not what a handler has set, in whose task the next
+        # pipelined request may be found.
+        self._context = copy_context()
         self.peer = ""
         self.lost = False
         self.stalled = False

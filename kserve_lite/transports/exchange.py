@@ -99,9 +99,9 @@ async def exchange(
             record.code = status
             headers = sent_headers(int(time.time()), own)
             if isinstance(content, (bytes, bytearray, memoryview)):
-                record.sent = len(content)
+                record.sent = len(content) if method != "HEAD" else 0
                 stream.send(
-                    Response(stream_id, status, headers, content, None, record.fields)
+                    Response(stream_id, status, headers, content, None, record.ids)
                 )
                 if stream.stalled:
                     await stream.drain()
@@ -110,10 +110,12 @@ async def exchange(
                 if stream.stalled:
                     await stream.drain()
             else:
-                head = Response(stream_id, status, headers, own=record.fields)
+                head = Response(stream_id, status, headers, ids=record.ids)
                 stream.send(head)
                 await _send_chunks(content, stream_id, stream, record)
             complete = True
+        else:
+            record.code = CLIENT_GONE
     except BaseException as error:  # noqa: BLE001 - the boundary, see there
         _give_up(stream, record, error)
     stream.end(complete)
@@ -124,10 +126,13 @@ async def call(rpc: Rpc, request: Request, stream: Http2Stream, ended: Ended) ->
     """Have `rpc` run a gRPC call, and end the stream."""
     complete = False
     record = record_of(request, stream)
+    record.protocol = "grpc"
     try:
         if not stream.lost:
             await rpc(request, stream, record)
             complete = True
+        else:
+            record.code = "CANCELLED"
     except BaseException as error:  # noqa: BLE001 - the boundary, see there
         _give_up(stream, record, error)
     stream.end(complete)
@@ -146,11 +151,19 @@ def send_refusal(reply: Reply, request: Request, stream: Stream, ended: Ended) -
     headers = sent_headers(int(time.time()), reply.headers)
     body = cast("bytes", reply.body)
     record.code, record.sent = reply.status, len(body)
-    stream.send(Response(request[0], reply.status, headers, body, own=record.fields))
+    stream.send(Response(request[0], reply.status, headers, body, ids=record.ids))
     ended(record)
 
 
-# The client has gone before there was an answer: nginx's code for it.
+def cut(request: Request, stream: Stream, ended: Ended) -> None:
+    """Tell of a request that was given up before all of it had come."""
+    record = record_of(request, stream)
+    record.code = CLIENT_GONE
+    ended(record)
+
+
+# The client has gone before there was an answer, for which this is nginx's code, or the
+# grace period of a stop was over.
 CLIENT_GONE = 499
 
 
@@ -158,7 +171,12 @@ def _give_up(stream: Stream, record: Record, error: BaseException) -> None:
     """The boundary: what goes wrong with one request never harms its siblings."""
     if isinstance(error, KeyboardInterrupt):
         raise error
-    record.code = record.code or CLIENT_GONE
+    if not record.code:
+        was_cancelled = isinstance(error, asyncio.CancelledError)
+        if record.protocol == "grpc":
+            record.code = "CANCELLED" if was_cancelled else "INTERNAL"
+        else:
+            record.code = CLIENT_GONE if was_cancelled else 500
     # Cancelled by the connection: its peer is gone or may be, or the server stops. What
     # is written already is still sent; a stream ends without its end.
     if not isinstance(error, asyncio.CancelledError):
@@ -178,7 +196,7 @@ def _send_pieces(  # noqa: PLR0917 - one call, of what `exchange` has at hand
     record.sent = sum(map(len, pieces))
     length = (b"content-length", b"%d" % record.sent)
     stream.send(
-        Response(stream_id, status, (*headers, length), own=record.fields),
+        Response(stream_id, status, (*headers, length), ids=record.ids),
         *(Data(stream_id, piece) for piece in pieces),
         EndOfMessage(stream_id),
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from kserve_lite.rest.replies import error_reply
 from kserve_lite.transports.connection import JOIN_SIZE, Connection
-from kserve_lite.transports.exchange import exchange, send_refusal
+from kserve_lite.transports.exchange import cut, exchange, send_refusal
 from kserve_lite.transports.timeouts import (
     CLOSING_EVERY,
     HALF_CLOSED,
@@ -31,6 +31,7 @@ from kserve_lite.wire.events import (
     Outgoing,
     Refusal,
     Request,
+    Response,
 )
 from kserve_lite.wire.http1 import CONTINUE, STREAM, Http1Connection
 
@@ -112,6 +113,12 @@ class Http1(Connection):
             self._came += nbytes
             self._take(self._wire.receive(self._listener.scratch[:nbytes]))
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._request is not None:
+            cut(self._request, self, self._listener.ended)
+            self._request = None
+        super().connection_lost(exc)
+
     def eof_received(self) -> bool:
         self._eof = True
         if self._phase is _ANSWER:
@@ -126,7 +133,7 @@ class Http1(Connection):
         transport = self._transport
         if self.lost or transport.is_closing():
             return
-        if self._eof or self._listener.draining:
+        if self._eof or (self._listener.draining and type(events[0]) is Response):
             self._wire.keep_alive = False
         parts = self._wire.send(*events)
         size = sum(map(len, parts))
@@ -148,9 +155,8 @@ class Http1(Connection):
         wire = self._wire
         if self.lost:
             self._listener.forget(self)
-        # Since the head promised to stay, a stop may have begun or the peer may have
-        # said that it sends no more.
-        elif not (complete and wire.keep_alive) or self._eof or self._listener.draining:
+        # Since the head promised to stay, the peer may have said that it sends no more.
+        elif not (complete and wire.keep_alive) or self._eof:
             wire.keep_alive = False
             self._close()
         else:
@@ -158,6 +164,8 @@ class Http1(Connection):
             self._deadline = due = self._loop.time() + self._keep_alive
             if due < self._timer_due:
                 self._set_timer()
+            if self._listener.draining:
+                self.finish()
             events = wire.next_cycle()
             if events or self._paused or self._kept:
                 self._take(events)
@@ -228,7 +236,8 @@ class Http1(Connection):
         # all the same.
         listener = self._listener
         self._task = self._loop.create_task(
-            exchange(listener.app, request, body, self, listener.ended)
+            exchange(listener.app, request, body, self, listener.ended),
+            context=self._context.copy(),
         )
 
     def _gather(self, data: Buffer) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from kserve_lite.rest.replies import error_reply
 from kserve_lite.transports.connection import JOIN_SIZE, Connection
-from kserve_lite.transports.exchange import call, exchange, send_refusal
+from kserve_lite.transports.exchange import call, cut, exchange, send_refusal
 from kserve_lite.transports.http2_stream import Http2Stream
 from kserve_lite.transports.timeouts import (
     GOAWAY_WAIT,
@@ -86,6 +86,7 @@ class Http2(Connection):
         self._eof = True
         for stream in list(self._streams.values()):
             if stream.task is None and not stream.ended:  # it never will be
+                self._cut(stream)
                 del self._streams[stream.id]
         if self._lingers or not self._streams:
             return False
@@ -95,11 +96,10 @@ class Http2(Connection):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lingers = False
-        self._streams = {
-            stream.id: stream
-            for stream in self._streams.values()
-            if stream.task is not None
-        }
+        for stream in list(self._streams.values()):
+            if stream.task is None:
+                self._cut(stream)
+                del self._streams[stream.id]
         super().connection_lost(exc)
 
     def resume_writing(self) -> None:
@@ -210,7 +210,8 @@ class Http2(Connection):
         self._idle_since = self.now
         if rpc is not None and is_call:
             stream.task = self._loop.create_task(
-                call(rpc, request, stream, self._listener.ended)
+                call(rpc, request, stream, self._listener.ended),
+                context=self._context.copy(),
             )
         elif stream.ended and self._fits(stream):
             self._answer(stream)
@@ -218,7 +219,8 @@ class Http2(Connection):
     def _answer(self, stream: Http2Stream) -> None:
         listener, request, body = self._listener, stream.request, stream.taken_body()
         stream.task = self._loop.create_task(
-            exchange(listener.app, request, body, stream, listener.ended)
+            exchange(listener.app, request, body, stream, listener.ended),
+            context=self._context.copy(),
         )
 
     def _fits(self, stream: Http2Stream) -> bool:
@@ -276,9 +278,15 @@ class Http2(Connection):
     def _forget(self, stream: Http2Stream) -> None:
         """Nobody waits for the answer of a stream any more."""
         if stream.task is None:
+            self._cut(stream)
             self._streams.pop(stream.id, None)
         else:
             stream.cancel()
+
+    def _cut(self, stream: Http2Stream) -> None:
+        """Tell of a request that ends before all of it has come, or was refused."""
+        if stream not in self._answered:
+            cut(stream.request, stream, self._listener.ended)
 
     # --- writing ---------------------------------------------------------------------
 

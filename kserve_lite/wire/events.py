@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import NamedTuple, NoReturn, TypeAlias
 
+Ids: TypeAlias = tuple[bytes, bytes]
+ID_NAMES = (b"x-request-id", b"traceparent")
 RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -65,7 +67,8 @@ class Request(NamedTuple):
 class Response(NamedTuple):
     """The head of an answer, or all of it.
 
-    own: fields of this answer alone; how `headers` were written is remembered.
+    ids: the values of x-request-id and traceparent, which are fields of this answer
+    alone, where how `headers` were written is remembered.
 
     With `body` it is the whole answer: the codec says its length, and no event follows;
     `trailers` are then the fields after the body (HTTP/2 only). Without, `Data` and
@@ -78,7 +81,7 @@ class Response(NamedTuple):
     headers: RawHeaders
     body: Buffer | None = None
     trailers: RawHeaders | None = None
-    own: RawHeaders = ()
+    ids: Ids | None = None
 
 
 class Data(NamedTuple):
@@ -133,3 +136,8 @@ class Refusal(NamedTuple):
 
 Event: TypeAlias = Request | Data | EndOfMessage | Reset | ContinueWanted | Refusal
 Outgoing: TypeAlias = Response | Data | EndOfMessage | Trailers | Reset
+
+
+def fields_of_ids(ids: Ids | None) -> RawHeaders:
+    """The ids of an answer as fields like any other."""
+    return () if ids is None else tuple(zip(ID_NAMES, ids, strict=True))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from hpack.table import HeaderTable
 
-from kserve_lite.wire.events import Headers, RawHeaders
+from kserve_lite.wire.events import ID_NAMES, Headers, Ids, RawHeaders
 from kserve_lite.wire.frames import ErrorCode, StreamFault
 from kserve_lite.wire.hpack_decoder import Decoder, Field
 from kserve_lite.wire.limits import (
@@ -322,19 +322,24 @@ def encode_field(name: bytes, value: bytes) -> bytes:
     return encoded + encode_integer(len(value), 7, 0) + value
 
 
-def encode_fields(fields: RawHeaders) -> bytes:
-    """Fields that differ from answer to answer, in lower case, to be put behind."""
-    return b"".join([_encode_name(name) + _encode_value(v) for name, v in fields])
+_ID_PREFIXES = [
+    bytes((_NOT_INDEXED,)) + encode_integer(len(name), 7, 0) + name for name in ID_NAMES
+]
 
 
-@functools.lru_cache(maxsize=64)
-def _encode_name(name: bytes) -> bytes:
-    """A name that is not in the static table, as in `encode_field`."""
-    return bytes((_NOT_INDEXED,)) + encode_integer(len(name), 7, 0) + name
-
-
-def _encode_value(value: bytes) -> bytes:
-    return encode_integer(len(value), 7, 0) + value
+def encode_ids(ids: Ids) -> bytes:
+    """The ids of an answer, to be put behind a block that was made before."""
+    request_id, traceparent = ids
+    return b"".join(
+        (
+            _ID_PREFIXES[0],
+            encode_integer(len(request_id), 7, 0),
+            request_id,
+            _ID_PREFIXES[1],
+            encode_integer(len(traceparent), 7, 0),
+            traceparent,
+        )
+    )
 
 
 @functools.lru_cache(maxsize=256)

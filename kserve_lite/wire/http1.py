@@ -22,6 +22,7 @@ from typing import NamedTuple
 import h11
 
 from kserve_lite.wire.events import (
+    ID_NAMES,
     Buffer,
     ContinueWanted,
     Data,
@@ -55,6 +56,7 @@ _NOT_FAST = frozenset((b"transfer-encoding", b"expect", b"upgrade"))
 # RFC 9112 6.3: an answer of these ends with its head, whatever its headers say.
 _BODILESS = frozenset((204, 304))
 
+_ID_FIELDS = b"%b: %%b\r\n%b: %%b\r\n" % ID_NAMES
 _STATUS_LINE = {
     status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode())
     for status in HTTPStatus
@@ -221,7 +223,8 @@ class Http1Connection:
             out.append(data)
 
     def _answer_head(self, response: Response, out: list[Buffer]) -> None:
-        _, status, headers, body, _, own = response
+        _, status, headers, body, _, ids = response
+        own = b"" if ids is None else _ID_FIELDS % ids
         if (
             headers is self._last_answered
             and body is not None
@@ -232,7 +235,7 @@ class Http1Connection:
             self._bodiless_answer = self._chunked_answer = False
             head = b"%b%bcontent-length: %d\r\n\r\n" % (
                 self._last_block,
-                _fields(own),
+                own,
                 len(body),
             )
             out += (head, body)
@@ -240,11 +243,13 @@ class Http1Connection:
         if headers is not self._last_answered or status != self._last_status:
             self._last_answered = headers
             self._last_status = 0 if status in _BODILESS else status
-            self._last_block = _STATUS_LINE[status] + _fields(headers)
+            self._last_block = _STATUS_LINE[status] + b"".join(
+                [b"%b: %b\r\n" % field for field in headers]
+            )
         ends_here = status in _BODILESS
         self._bodiless_answer = ends_here or self._head_request
         self._chunked_answer = False
-        out.append(self._last_block + _fields(own))
+        out.append(self._last_block + own)
         if body is not None and not ends_here:
             out.append(b"content-length: %d\r\n" % len(body))
         elif not ends_here:
@@ -512,8 +517,3 @@ def _keeps_alive(raw: RawHeaders, http10: bool) -> bool:
     if b"close" in options:
         return False
     return not http10 or b"keep-alive" in options
-
-
-def _fields(headers: RawHeaders) -> bytes:
-    """Fields as they are written (RFC 9112 section 5)."""
-    return b"".join([b"%b: %b\r\n" % field for field in headers])

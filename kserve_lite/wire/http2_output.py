@@ -34,7 +34,7 @@ from kserve_lite.wire.frames import (
 from kserve_lite.wire.hpack_blocks import (
     TABLE_UPDATE,
     encode_block,
-    encode_fields,
+    encode_ids,
     encode_length,
 )
 from kserve_lite.wire.http2_streams import Stream
@@ -101,7 +101,7 @@ class Outbox:
         In a third of the steps that the queues take. It is handed out by the next
         `take()`, and its stream counts as open until then.
         """
-        stream_id, status, headers, body, trailers, own = response
+        stream_id, status, headers, body, trailers, ids = response
         if (
             body is None
             or status < 200
@@ -117,7 +117,9 @@ class Outbox:
         ):
             return False
         size = len(body)
-        block = self._block_of(status, headers) + encode_fields(own)
+        block = self._block_of(status, headers)
+        if ids is not None:
+            block += encode_ids(ids)
         end = b""
         if trailers is None:
             block += encode_length(size)
@@ -161,7 +163,9 @@ class Outbox:
     def add_head(self, stream: Stream, response: Response) -> None:
         """Queue the head of an answer, and its body where it has one."""
         status = response.status
-        block = self._block_of(status, response.headers) + encode_fields(response.own)
+        block = self._block_of(status, response.headers)
+        if response.ids is not None:
+            block += encode_ids(response.ids)
         body = response.body
         if status < 200:
             stream.blocks += (block,)

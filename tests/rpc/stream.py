@@ -27,6 +27,7 @@ from kserve_lite.wire.events import (
     Request,
     Response,
     Trailers,
+    fields_of_ids,
 )
 
 LIMIT = 1_000_000
@@ -145,7 +146,7 @@ def answer_in(sent: Iterable[tuple[Outgoing, ...]]) -> Answer:
     first, last = events[0], events[-1]
     assert isinstance(first, Response)
     assert first.body is None
-    fields = (*first.headers, *first.own)
+    fields = (*first.headers, *fields_of_ids(first.ids))
     head = {name.decode(): value.decode("ascii") for name, value in fields}
     assert len(head) == len(fields)
     data = b""

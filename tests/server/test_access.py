@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import gc
 import io
 import json
@@ -19,12 +21,14 @@ from typing import Any, TextIO
 
 import pytest
 
+from kserve_lite import Model, telling
 from kserve_lite.records import Record
 from kserve_lite.server import access, lines
 from kserve_lite.server.access import FIELDS, AccessLog
 from kserve_lite.server.lines import MOST, Lines
 from kserve_lite.server.logs import configure_logging
 from kserve_lite.server.settings import ServerSettings
+from kserve_lite.testing import Client
 from tests.server.logging_state import drop_pytest, fresh_logging
 from tests.server.process import ECHO, PATIENCE, App
 
@@ -61,6 +65,10 @@ def own(stream: TextIO | None, **settings: Any) -> AccessLog:
     configured = ServerSettings(**settings)
     configure_logging(configured)
     return AccessLog(configured, stream)
+
+
+async def echo(payload: Any) -> Any:
+    return payload
 
 
 def line_of(record: Record, **settings: Any) -> str:
@@ -360,6 +368,121 @@ def test_a_program_that_configured_logging_gets_records(name: str) -> None:
     assert all(name in vars(second) for name in FIELDS)
 
 
+NAMES = ("request_id", "model", "path", "trace_id")
+
+
+@pytest.fixture
+def factory_with_names() -> Iterator[None]:
+    """A program's LogRecord factory that sets what we would."""
+    before = logging.getLogRecordFactory()
+
+    def factory(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = before(*args, **kwargs)
+        for name in NAMES:
+            setattr(record, name, "the program's")
+        return record
+
+    logging.setLogRecordFactory(factory)
+    yield
+    logging.setLogRecordFactory(before)
+
+
+@pytest.mark.usefixtures("factory_with_names")
+def test_a_programs_own_fields_stay() -> None:
+    drop_pytest()
+    handler = Kept()
+    logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(logging.INFO)
+    model = Model("m", predict=echo)
+    with Client(model, enable_latency_logging=True) as client:
+        assert client.predict([1]) == [1]
+    latency, access = (
+        next(r for r in handler.records if r.name == f"kserve_lite.{name}")
+        for name in ("trace", "access")
+    )
+    for name in NAMES:
+        assert vars(latency)[name] == vars(access)[name] == "the program's"
+    assert vars(latency)["predict_ms"] > 0
+    assert vars(access)["status"] == 200
+    assert (latency.filename, latency.funcName) == ("stages.py", "_log_latency")
+    assert latency.getMessage().startswith("requestId: ")
+
+
+class Picky(Kept):
+    """Fails for some lines, as a filter of a program may."""
+
+    def filter(self, record: logging.LogRecord) -> bool:  # type: ignore[override]
+        if vars(record).get("path") != "/good" and record.name != "kserve_lite":
+            raise ValueError("a filter's")
+        return True
+
+
+@pytest.mark.parametrize("is_deaf", [False, True])
+def test_a_filter_that_fails_loses_its_line_only(
+    monkeypatch: pytest.MonkeyPatch, is_deaf: bool
+) -> None:
+    monkeypatch.setattr(telling, "_said", set())
+    drop_pytest()
+    handler = Picky()
+    logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(logging.INFO)
+    if is_deaf:  # the line about it fails, too
+
+        def fail(record: logging.LogRecord) -> bool:
+            if record.levelno >= logging.ERROR:
+                raise ValueError("another filter's")
+            return True
+
+        logging.getLogger("kserve_lite").addFilter(fail)
+    log = AccessLog(ServerSettings())
+    try:
+        for number in range(2 * access.TOGETHER):
+            log.write(record_of("/bad" if number % 2 else "/good"))
+        log.close()
+        with Client(Model("m", predict=echo), enable_latency_logging=True) as client:
+            assert client.predict([1]) == [1]
+    finally:
+        logging.getLogger("kserve_lite").filters.clear()
+    found = [r for r in handler.records if r.name == "kserve_lite.access"]
+    assert len(found) == access.TOGETHER
+    said = [r.getMessage() for r in handler.records if r.levelno >= logging.ERROR]
+    expected = [
+        f"a line of kserve_lite.{name} could not be written; it is said only once"
+        for name in ("access", "trace")
+    ]
+    assert said == ([] if is_deaf else expected)
+
+
+@pytest.mark.parametrize("count", [1, access.TOGETHER])
+def test_lines_are_written_in_nobodys_context(count: int) -> None:
+    """Else a program's filter would give them all what is current in one request."""
+    drop_pytest()
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
+    seen: list[str] = []
+
+    class Asking(Kept):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append(variable.get("nobody's"))
+
+    logging.getLogger("kserve_lite.access").addHandler(Asking())
+    logging.getLogger("kserve_lite.access").setLevel(logging.INFO)
+    log = AccessLog(ServerSettings())
+
+    async def requests() -> None:
+        variable.set("the first's")
+        for _ in range(count):
+            log.write(record_of())
+        async with asyncio.timeout(PATIENCE):
+            while len(seen) < count:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
+    asyncio.run(requests())
+    variable.set("the caller's")
+    for _ in range(count):
+        log.write(record_of())  # where no loop runs
+    assert seen == ["nobody's"] * 2 * count
+
+
 def test_a_handler_of_its_own_takes_the_place_of_standard_output() -> None:
     stream = io.StringIO()
     log = own(stream)
@@ -404,12 +527,12 @@ def pipe() -> Iterator[Pipe]:
 
 def test_lines_come_without_being_asked_for(pipe: Pipe) -> None:
     written = Lines(pipe.writer)
-    written.add("one\n")
-    written.add("two\n")
+    written.add(b"one\n")
+    written.add(b"two\n")
     assert pipe.read(lambda data: data.count(b"\n") == 2) == b"one\ntwo\n"
     written.close(PATIENCE)
     assert not threads()
-    written.add("three\n")
+    written.add(b"three\n")
     written.close(PATIENCE)
     assert os.read(pipe.reader, 100) == b"three\n"
     pipe.close()
@@ -418,7 +541,7 @@ def test_lines_come_without_being_asked_for(pipe: Pipe) -> None:
 def test_a_reader_that_stalls_holds_nobody_up(
     pipe: Pipe, caplog: pytest.LogCaptureFixture
 ) -> None:
-    line = "x" * 1023 + "\n"
+    line = b"x" * 1023 + b"\n"
     written = Lines(pipe.writer)
     total = 8 * MOST // len(line)
     for _ in range(total):
@@ -446,7 +569,7 @@ def test_a_reader_that_stalls_holds_nobody_up(
     written.close(PATIENCE)
     stop.set()
     reader.join()
-    whole = b"".join(came).decode().splitlines(keepends=True)
+    whole = b"".join(came).splitlines(keepends=True)
     assert set(whole) == {line}
     assert len(whole) == total - dropped
     assert f"{dropped} access lines were dropped" in caplog.text
@@ -460,7 +583,7 @@ def test_several_processes_share_a_pipe(pipe: Pipe) -> None:
     many = 3000
     for number in range(many):
         for name, each in enumerate(written):
-            each.add(f"<{name} {number:05d} {'x' * (number % 200)}>\n")
+            each.add(f"<{name} {number:05d} {'x' * (number % 200)}>\n".encode())
     data = pipe.read(lambda data: data.count(b"\n") == 2 * many).decode()
     for each in written:
         each.close(PATIENCE)
@@ -472,9 +595,10 @@ def test_several_processes_share_a_pipe(pipe: Pipe) -> None:
 
 @pytest.mark.parametrize("most", [16, 40, 64, 4096])
 def test_lines_are_written_whole(most: int) -> None:
-    given = [f"{'é' * (n % 17)}{n}\n" for n in range(100)] + ["x" * 100 + "\n", "y\n"]
+    texts = [f"{'é' * (n % 17)}{n}\n" for n in range(100)]
+    given = [text.encode() for text in [*texts, "x" * 100 + "\n", "y\n"]]
     chunks = [bytes(chunk) for chunk in lines._chunks(given, most)]
-    assert b"".join(chunks).decode() == "".join(given)
+    assert b"".join(chunks) == b"".join(given)
     for chunk in chunks:
         assert chunk.endswith(b"\n")
         assert len(chunk) <= most or chunk.count(b"\n") == 1
@@ -485,7 +609,7 @@ def test_a_reader_that_leaves(pipe: Pipe, caplog: pytest.LogCaptureFixture) -> N
     pipe.close()
     written = Lines(pipe.writer)
     for _ in range(3):
-        written.add("a line\n")
+        written.add(b"a line\n")
         assert written.flush(PATIENCE)
     assert written.dead
     assert caplog.text.count("cannot be written") == 1
@@ -498,7 +622,7 @@ def test_a_full_disk_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with open("/dev/full", "w") as full:  # noqa: PTH123
         written = Lines(full)
         for _ in range(3):
-            written.add("a line\n")
+            written.add(b"a line\n")
             assert written.flush(PATIENCE)
         assert not written.dead
         written.close(PATIENCE)
@@ -509,7 +633,7 @@ def test_a_pipe_that_does_not_block(pipe: Pipe) -> None:
     os.set_blocking(pipe.writer.fileno(), False)
     written = Lines(pipe.writer)
     for number in range(20_000):
-        written.add(f"{number:05d}\n")
+        written.add(f"{number:05d}\n".encode())
     data = pipe.read(lambda data: data.count(b"\n") == 20_000)
     assert [int(line) for line in data.split()] == list(range(20_000))
     written.close(PATIENCE)
@@ -521,11 +645,11 @@ def test_streams_that_are_no_files(
 ) -> None:
     memory = io.StringIO()
     written = Lines(memory)
-    written.add("é\n")
+    written.add("é\n".encode())
     written.close(PATIENCE)
     assert memory.getvalue() == "é\n"
     memory.close()
-    written.add("late\n")
+    written.add(b"late\n")
     written.close(PATIENCE)
     assert written.dead
     assert "closed file" in caplog.text
@@ -534,6 +658,45 @@ def test_streams_that_are_no_files(
     none.write(record_of())
     none.close()
     assert not threads()
+
+
+class Strange(io.StringIO):
+    """A program's own stream in the place of standard output."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error: Exception | None = error
+
+    def write(self, text: str) -> int:
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return super().write(text)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnicodeEncodeError("ascii", "é", 0, 1, "ordinal not in range"),
+        ValueError("no errno"),
+        OSError("no errno either"),
+        KeyError("a bug"),
+    ],
+    ids=repr,
+)
+def test_a_stream_that_fails_once_is_not_dead(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = Strange(error)
+    written = Lines(stream)
+    written.add(b"lost\n")
+    assert written.flush(PATIENCE)
+    assert not written.dead
+    written.add(b"kept\n")
+    written.close(PATIENCE)
+    assert stream.getvalue() == "kept\n"
+    assert caplog.text.count("cannot be written") == 1
+    assert "no more are" not in caplog.text
 
 
 def test_a_log_that_was_never_written_to_closes() -> None:
@@ -554,12 +717,12 @@ def test_the_garbage_collector_may_write_lines() -> None:
             self.itself = self
 
         def __del__(self) -> None:
-            written.add("abandoned\n")
+            written.add(b"abandoned\n")
 
     with written._lock:
         Abandoned()
         gc.collect()
-        written.add("here\n")
+        written.add(b"here\n")
     written.close(PATIENCE)
     assert memory.getvalue() == "abandoned\nhere\n"
 

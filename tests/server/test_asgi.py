@@ -327,6 +327,31 @@ async def test_a_lifespan_loads_and_unloads() -> None:
         assert model.phase is Phase.UNLOADED
 
 
+async def test_a_stop_that_fails_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    app = asgi(model_of(echo))
+    life = Scripted(type="lifespan")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(life.run, app)
+        life.leave()
+        await until(partial(getattr, life, "sent"))
+        application = app._application
+        assert application is not None
+        unload = application.unload
+
+        async def broken() -> None:
+            await unload()
+            raise OSError("no more disk")
+
+        application.unload = broken  # type: ignore[method-assign]
+        life.leave()
+    assert life.sent[1:] == [
+        {"type": "lifespan.shutdown.failed", "message": "OSError: no more disk"}
+    ]
+    assert "failed to stop" in caplog.text
+    async with app:  # it can be started again
+        pass
+
+
 async def test_a_failing_load_fails_the_start_in_one_line() -> None:
     def load() -> None:
         raise OSError("no weights")
@@ -406,7 +431,9 @@ async def test_a_stop_finishes_what_is_in_flight() -> None:
     assert (request.status, json.loads(request.answer)) == (200, {"instances": [1]})
 
 
-async def test_what_does_not_finish_is_told_so() -> None:
+async def test_what_does_not_finish_is_told_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     started = anyio.Event()
     ended: list[str] = []
 
@@ -418,14 +445,52 @@ async def test_what_does_not_finish_is_told_so() -> None:
             await asyncio.sleep(0)  # cleaning up may take an await
             ended.append("cleaned up")
 
+    caplog.set_level(logging.INFO, "kserve_lite.access")
     app = asgi(model_of(predict), grace_period=0.1)
-    request = Scripted()
+    request = Scripted(headers=[(b"x-request-id", b"mine")])
     request.body(b'{"instances": [1]}')
     async with anyio.create_task_group() as tasks, app:
         tasks.start_soon(request.run, app)
         await started.wait()
     assert request.status == 503
     assert ended == ["cleaned up"]
+    assert request.headers[b"x-request-id"] == b"mine"
+    assert told(caplog) == [(503, len(request.answer), "mine")]
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[tuple[int, int, str]]:
+    """Status, bytes and id of each request, as the access log has them."""
+    return [
+        (known["status"], known["bytes"], known["request_id"])
+        for known in map(vars, caplog.records)
+        if known["name"] == "kserve_lite.access"
+    ]
+
+
+async def test_a_request_that_is_cut_before_it_begins(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The task that answers may be cancelled before its first step."""
+    caplog.set_level(logging.INFO, "kserve_lite.access")
+    app = asgi(model_of(echo))
+    request = Scripted(headers=[(b"x-request-id", b"mine")])
+
+    async def receive() -> dict[str, Any]:
+        # All of it comes at once: the next thing to run is what is put here.
+        if not app._exchanges:
+            asyncio.get_running_loop().call_soon(cut)
+            return {"type": "http.request", "body": b"[1]"}
+        return await request.receive()
+
+    def cut() -> None:
+        for task in app._exchanges:
+            task.cancel()
+
+    async with app:
+        await app(request.scope, receive, request.send)
+    assert request.status == 503
+    assert request.headers[b"x-request-id"] == b"mine"
+    assert told(caplog) == [(503, len(request.answer), "mine")]
 
 
 async def test_settings() -> None:
@@ -499,14 +564,18 @@ async def test_what_has_come_of_a_body_gives_it_time() -> None:
     assert request.answer == b"[1]"
 
 
-async def test_a_client_that_goes_in_the_middle_of_its_request() -> None:
+async def test_a_client_that_goes_in_the_middle_of_its_request(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     app = asgi(model_of(echo))
     request = Scripted()
     request.body(b"{", more=True)
     request.leave()
+    caplog.set_level(logging.INFO, "kserve_lite.access")
     async with app:
         await request.run(app)
     assert request.sent == []
+    assert [(status, size) for status, size, _ in told(caplog)] == [(499, 0)]
 
 
 async def test_a_client_that_goes_cancels_its_handler() -> None:
@@ -580,6 +649,7 @@ async def test_sending_that_fails(
         finally:
             ended.set()
 
+    caplog.set_level(logging.DEBUG, "kserve_lite")
     app = asgi(model_of(predict))
     request = Closing(error)
     request.body(b'{"instances": [1]}')
@@ -591,6 +661,8 @@ async def test_sending_that_fails(
                 await request.run(app)
     assert ended.is_set()
     assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+    # It may be a middleware's error about a file.
+    assert ("OSError: gone" in caplog.text) is isinstance(error, OSError)
 
 
 async def test_a_cancelled_server_cancels_the_handler() -> None:
@@ -630,8 +702,9 @@ async def test_a_middleware_that_says_the_body_again_and_again() -> None:
 
 
 async def test_a_bug_of_ours_is_not_shown(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "kserve_lite.access")
     app = asgi(model_of(echo))
-    request = Scripted()
+    request = Scripted(headers=[(b"x-request-id", b"mine")])
     request.body(b'{"instances": [1]}')
     async with app:
         assert app._application is not None
@@ -644,6 +717,8 @@ async def test_a_bug_of_ours_is_not_shown(caplog: pytest.LogCaptureFixture) -> N
     assert request.status == 500
     assert b"secret" not in request.answer
     assert "secret" in caplog.text
+    assert request.headers[b"x-request-id"] == b"mine"
+    assert told(caplog) == [(500, len(request.answer), "mine")]
 
 
 # --- mounted, and under a real server --------------------------------------------

@@ -88,12 +88,14 @@ def test_text_from_outside_begins_no_line_and_steers_no_terminal(
     configure()
     forged = "2026-11-23 05:20:01.123 1 kserve_lite INFO [x.py:y():1] all is well"
     log.warning("name %s", f"m\n{forged}\r\x1b[2J\x9b31m\u202e\u2028.")
+    log.warning("marks %s", "\u061c\u200e\u200f\ud800 of\ta modèle 模型")
     fail(f"boom\n{forged}")
     text = stderr.getvalue()
     heads = [line for line in text.split("\n") if re.match(HEAD, line)]
-    assert len(heads) == 2
+    assert len(heads) == 3
+    assert "marks \\u061c\\u200e\\u200f\\ud800 of\ta modèle 模型\n" in text
     assert "\\x0d\\x1b[2J\\x9b31m\\u202e\\u2028." in text
-    assert all(c.isprintable() or c == "\n" for c in text)
+    assert all(c.isprintable() or c in "\n\t" for c in text)
     assert text.count(f"\n    {forged}") == 2
     assert "\n    Traceback (most recent call last):\n" in text
 

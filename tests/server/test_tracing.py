@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import grpc
 import httpx
+import numpy as np
 import pytest
 from opentelemetry import baggage, trace
 from opentelemetry.exporter.otlp.proto.common._internal.trace_encoder import (
@@ -21,17 +24,18 @@ from opentelemetry.exporter.otlp.proto.common._internal.trace_encoder import (
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
 )
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from kserve_lite import Model, serve
+from kserve_lite import Model, serve, telling
 from kserve_lite.errors import StartupError
 from kserve_lite.records import Record
 from kserve_lite.server import tracing
 from kserve_lite.server.tracing import Tracing, make_tracing
-from tests.server.process import App
+from kserve_lite.testing import Client
+from tests.server.process import PATIENCE, App
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
@@ -64,11 +68,13 @@ def record_of(
     return Record(http, method, target, given, peer, lambda: False)
 
 
-def traced(spans: Tracing, record: Record, **known: Any) -> ReadableSpan:
+def traced(
+    spans: Tracing, record: Record, *, is_call: bool = False, **known: Any
+) -> ReadableSpan:
     """Begin and end a request, as a task of its own would."""
 
     def request() -> None:
-        spans.begin(record)
+        spans.begin(record, is_call=is_call)
         for name, value in {"code": 200, **known}.items():
             setattr(record, name, value)
         spans.end(record)
@@ -116,10 +122,13 @@ def test_http(spans: Tracing) -> None:
     assert span.start_time < span.end_time
 
 
-@pytest.mark.parametrize("code", ["OK", "INVALID_ARGUMENT", "INTERNAL", "UNAVAILABLE"])
+@pytest.mark.parametrize(
+    "code", ["OK", "CANCELLED", "INVALID_ARGUMENT", "INTERNAL", "UNAVAILABLE"]
+)
 def test_grpc_calls(spans: Tracing, code: str) -> None:
     record = record_of(INFER, http="2", content_type="application/grpc+proto")
-    span = traced(spans, record, code=code, action="ModelInfer", protocol="grpc")
+    known = {"code": code, "action": "ModelInfer", "protocol": "grpc"}
+    span = traced(spans, record, is_call=True, **known)
     told = dict(span.attributes or {})
     assert span.name == "inference.GRPCInferenceService/ModelInfer"
     assert told["rpc.system"] == "grpc"
@@ -180,20 +189,35 @@ def test_names_are_few(spans: Tracing, method: str, target: str, name: str) -> N
     assert told.get("http.request.method_original") == (None if known else method)
 
 
-def test_a_grpc_method_that_does_not_exist_names_no_span(spans: Tracing) -> None:
+@pytest.mark.parametrize("code", ["UNIMPLEMENTED", "UNKNOWN", "CANCELLED", ""])
+def test_a_grpc_method_that_does_not_exist_names_no_span(
+    spans: Tracing, code: str
+) -> None:
     record = record_of("/made.Up/Method", http="2", content_type="application/grpc")
-    assert traced(spans, record, code="UNIMPLEMENTED").name == "grpc _OTHER"
+    assert traced(spans, record, is_call=True, code=code).name == "grpc _OTHER"
     record = record_of(INFER, http="2", content_type="application/grpc")
-    span = traced(spans, record, code="UNIMPLEMENTED", action="ModelInfer")
+    span = traced(spans, record, is_call=True, code=code, action="ModelInfer")
     assert span.name.endswith("/ModelInfer")
+
+
+@pytest.mark.parametrize("http", ["1.1", "2"])
+def test_a_content_type_makes_no_call(spans: Tracing, http: str) -> None:
+    record = record_of(
+        "/made-up", method="GET", http=http, content_type="application/grpc"
+    )
+    span = traced(spans, record, code=404)
+    assert span.name == "GET"
+    told = dict(span.attributes or {})
+    assert told["http.response.status_code"] == 404
+    assert not [name for name in told if name.startswith("rpc.")]
 
 
 @pytest.mark.parametrize(
     "text", ["\ud800\n\x1b", "x" * 65536, "\U0001f600" * 65536], ids=range(3)
 )
-@pytest.mark.parametrize("content_type", ["", "application/grpc"])
+@pytest.mark.parametrize("is_call", [False, True])
 def test_what_a_peer_sends_is_only_text(
-    spans: Tracing, text: str, content_type: str
+    spans: Tracing, text: str, is_call: bool
 ) -> None:
     record = record_of(
         f"/{text}/{text}",
@@ -203,9 +227,8 @@ def test_what_a_peer_sends_is_only_text(
         tracestate=f"a={text}",
         baggage=f"a={text}",
         traceparent=f"{TRACEPARENT}-{text}",
-        content_type=content_type,
     )
-    span = traced(spans, record, model=text, code=404)
+    span = traced(spans, record, is_call=is_call, model=text, action="x", code=404)
     for value in [span.name, *(span.attributes or {}).values()]:
         assert str(value).isprintable()
         assert len(str(value).encode()) <= 1024
@@ -363,6 +386,96 @@ def test_a_stage_tells_of_its_queue_and_its_failure(
     assert predict.status.status_code is StatusCode.ERROR
     assert [event.name for event in predict.events] == ["exception"]
     assert postprocess.status.status_code is StatusCode.UNSET
+
+
+@pytest.fixture
+def exported(
+    monkeypatch: pytest.MonkeyPatch, exporter: InMemorySpanExporter
+) -> Iterator[TracerProvider]:
+    """The program's provider, whose spans the exporter has."""
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
+    yield provider
+    provider.shutdown()
+
+
+def wait_for_spans(exporter: InMemorySpanExporter, count: int) -> list[ReadableSpan]:
+    """Requests end after their answers."""
+    due = time.monotonic() + PATIENCE
+    while len(exporter.get_finished_spans()) < count:
+        assert time.monotonic() < due
+        time.sleep(0.005)
+    return list(exporter.get_finished_spans())
+
+
+@pytest.mark.usefixtures("exported")
+def test_what_a_request_waits_for_is_seen(exporter: InMemorySpanExporter) -> None:
+    model = Model("m")
+
+    @model.predict(max_batch_size=2)
+    async def batched(x: np.ndarray) -> np.ndarray:
+        return 2 * x
+
+    threaded = Model("t", predict=lambda payload: payload)
+    with Client(model, threaded, enable_tracing=True) as client:
+        client.infer({"x": np.ones(1)}, "m", over="grpc")
+        client.predict([1], "t")
+        found = wait_for_spans(exporter, 6)
+    assert sorted(each.name for each in found) == [
+        "POST /v1/models/{model}:predict",
+        "batch",
+        "inference.GRPCInferenceService/ModelInfer",
+        "predict",
+        "predict",
+        "queue",
+    ]
+    of_id = {parts(each)[1]: each for each in found}
+    for each in found:
+        if each.name in ("queue", "batch"):
+            assert each.parent is not None
+            parent = of_id[f"{each.parent.span_id:016x}"]
+            assert parent.name == "predict"
+            assert each.start_time == parent.start_time
+
+
+@pytest.mark.usefixtures("exported")
+def test_peers_choose_no_names(exporter: InMemorySpanExporter) -> None:
+    with Client(Model("m", predict=lambda payload: payload), enable_tracing=True) as c:
+        kind = {"content-type": "application/grpc"}
+        assert c.request("GET", "/made-up", headers=kind).status == 404
+        (span,) = wait_for_spans(exporter, 1)
+    assert span.name == "GET"
+
+
+# --- whom they hurt ------------------------------------------------------------------
+
+
+def test_a_processor_that_fails_hurts_no_request(
+    exported: TracerProvider,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Broken(SpanProcessor):
+        def on_end(self, span: ReadableSpan) -> None:
+            if span.kind is SpanKind.SERVER:
+                raise ValueError("a processor's")
+
+    monkeypatch.setattr(telling, "_said", set())
+    caplog.set_level(logging.INFO, "kserve_lite.access")
+    exported.add_span_processor(Broken())
+    with Client(Model("m", predict=lambda payload: payload), enable_tracing=True) as c:
+        for number in range(3):
+            assert c.predict([number]) == [number]
+        counted = c.request("GET", "/metrics").body.decode()
+    (line,) = [each for each in counted.splitlines() if "requests_total{" in each]
+    assert line.endswith(" 3.0")
+    lines = [r for r in caplog.records if r.name == "kserve_lite.access"]
+    assert len(lines) == 4
+    failures = [r for r in caplog.records if r.levelno >= logging.ERROR]
+    assert [r.getMessage() for r in failures] == [
+        "the tracing of a request failed; it is said only once"
+    ]
 
 
 # --- whose provider ------------------------------------------------------------------

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import anyio
@@ -15,6 +17,7 @@ import pytest
 from kserve_lite import Context, Model, Server
 from kserve_lite.records import MAX_ID, Record
 from tests.load.asking import PROTOCOLS, asking
+from tests.rpc.stream import framed, proto
 from tests.transports.client import (
     LIVE,
     Client,
@@ -25,7 +28,7 @@ from tests.transports.client import (
     serving,
     until,
 )
-from tests.transports.h2client import H2Client, connected
+from tests.transports.h2client import GRPC, H2Client, connected
 
 pytestmark = pytest.mark.anyio
 
@@ -160,7 +163,7 @@ async def test_ids_that_a_client_gives(protocol: str) -> None:
 def test_an_id_that_cannot_be_sent_back_is_not_taken(given: str) -> None:
     record = Record("1.1", "GET", "/", {"x-request-id": given}, "", lambda: False)
     assert re.fullmatch("[0-9a-f]{32}", record.request_id)
-    assert dict(record.fields)[b"x-request-id"] == record.request_id.encode()
+    assert record.ids[0] == record.request_id.encode()
 
 
 @pytest.mark.parametrize(
@@ -192,19 +195,16 @@ def test_a_later_version_of_a_trace() -> None:
     assert record.traceparent.startswith(f"00-{TRACE}-")
 
 
-@pytest.mark.parametrize("order", ["fields first", "id first", "trace first"])
+@pytest.mark.parametrize("order", ["all first", "id first", "trace first"])
 def test_ids_stay_whoever_asks_first(order: str) -> None:
     record = Record("1.1", "GET", "/", {}, "", lambda: False)
     if order == "id first":
         assert record.request_id
     elif order == "trace first":
         assert record.trace
-    first = record.fields
-    assert first == (
-        (b"x-request-id", record.request_id.encode()),
-        (b"traceparent", record.traceparent.encode()),
-    )
-    assert record.fields == first
+    first = record.ids
+    assert first == (record.request_id.encode(), record.traceparent.encode())
+    assert record.ids == first
     assert record.trace[0] == record.request_id
 
 
@@ -300,3 +300,102 @@ async def test_bytes_and_connections_are_counted() -> None:
             text = (await other.answer(stream_id)).body.decode()
         assert "kserve_lite_connections 1.0\n" in text
         assert "kserve_lite_accepted_connections_total 2.0\n" in text
+
+
+async def test_ids_differ_in_a_model_that_seeds_random() -> None:
+    async def seeds(payload: Any, context: Context) -> str:
+        random.seed(42)
+        return context.request_id
+
+    async with recorded(seeds) as (server, records), Client(server.port) as client:
+        for _ in range(200):  # more than are made at a time
+            await client.ask(predict(1))
+        await until(lambda: len(records) == 200)
+    assert len({record.request_id for record in records}) == 200
+
+
+VARIABLE: ContextVar[str] = ContextVar("VARIABLE", default="clean")
+
+
+async def test_what_a_handler_sets_is_not_seen_by_pipelined_requests() -> None:
+    seen: list[str] = []
+
+    async def sets(payload: Any) -> Any:
+        seen.append(VARIABLE.get())
+        VARIABLE.set("dirty")
+        return payload
+
+    async with serving(sets) as server, Client(server.port) as client:
+        await client.send(predict(1) * 3)
+        for _ in range(3):
+            await client.answer()
+        await client.ask(predict(1))
+    assert seen == ["clean"] * 4
+
+
+async def test_a_body_that_does_not_come_to_its_end() -> None:
+    async with recorded(echo) as (server, records):
+        async with Client(server.port) as client:
+            whole = predict("x" * 100)
+            await client.send(whole[:-50])
+            await until(
+                lambda: any(
+                    getattr(c, "_request", None) for c in server._listener._connections
+                )
+            )
+        await until(lambda: len(records) == 1)
+        async with H2Client(server.port) as other:
+            path = "/v1/models/m:predict"
+            stream_id = await other.begin("POST", path, ("content-length", "9"))
+            await other.body(stream_id, b"123", end=False)
+            await other.cancel(stream_id)
+            await until(lambda: len(records) == 2)
+            stream_id = await other.begin("POST", path, ("content-length", "9"))
+            await other.body(stream_id, b"123", end=False)
+            assert (await other.fetch("GET", "/v2/health/live")).status == 200
+        await until(lambda: len(records) == 4)
+    assert [record.code for record in records] == [499, 499, 200, 499]
+    assert all(record.target for record in records)
+
+
+async def test_a_stream_that_is_reset_at_once() -> None:
+    async with recorded(echo) as (server, records), H2Client(server.port) as client:
+        stream_id = await client.ask_for("GET", "/v2/health/live")
+        await client.cancel(stream_id)
+        await until(lambda: records)
+    assert records[0].code in (200, 499)
+
+
+async def test_head_sends_no_bytes_of_a_body() -> None:
+    async with recorded(echo) as (server, records), Client(server.port) as client:
+        await client.send(get("/v2").replace(b"GET", b"HEAD"))
+        await client.answer(no_body=True)
+        await until(lambda: records)
+    assert (records[0].code, records[0].sent) == (200, 0)
+
+
+@pytest.mark.parametrize("method", ["ModelMetadata", "ModelReady", "ModelConfig"])
+async def test_calls_about_a_model_name_it(method: str) -> None:
+    async with recorded(echo) as (server, records), H2Client(server.port) as client:
+        request = proto(f"{method}Request", name="m")
+        path = f"/inference.GRPCInferenceService/{method}"
+        stream_id = await client.post(framed(request), *GRPC, path=path)
+        await client.answer(stream_id)
+        await until(lambda: records)
+    assert (records[0].model, records[0].action, records[0].code) == ("m", method, "OK")
+
+
+async def test_a_batch_is_not_in_flight_beside_its_requests() -> None:
+    model = Model("m")
+    in_flight: list[int] = []
+
+    @model.predict(max_batch_size=4)
+    async def counts(x: np.ndarray) -> np.ndarray:
+        (running,) = server.dataplane.running.values()
+        in_flight.append(running.in_flight)
+        return x
+
+    async with serving(model) as server, asking("v2", server) as asker:
+        await asker.ask([[1.0]])
+        await until(lambda: not next(iter(server.dataplane.running.values())).batches)
+    assert in_flight == [1]
