@@ -74,17 +74,21 @@ class Running:
     ) -> None:
         """A request is over; see `Statistics.count`."""
         self.statistics.count(started, stage, times, succeeded)
-        self.end()
+        self.in_flight -= 1
+        if self._emptied is not None:
+            self._tell()
 
     def end(self) -> None:
-        """A request, or a thread, has ended."""
+        """A thread has ended that went on for a request which was given up."""
         self.in_flight -= 1
-        self._tell()
+        if self._emptied is not None:
+            self._tell()
 
     def batch_ended(self) -> None:
         """A batch's call has ended; its requests may have been given up before."""
         self.batches -= 1
-        self._tell()
+        if self._emptied is not None:
+            self._tell()
 
     def _tell(self) -> None:
         if self._emptied is not None and not self.in_flight and not self.batches:

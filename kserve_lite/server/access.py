@@ -11,9 +11,9 @@ Probes are requests, too. Lines are of level INFO: `log_level` WARNING drops the
 
 They go to standard output, as KServe's do, straight: a LogRecord a line would take
 ten times as long. Only where the program or `log_config` configured logging itself
-they go through the logger "kserve_lite.access", with the same fields. What a
-peer sent is escaped, so that it ends no line and steers no terminal, and cut, so that a
-line fits in 4096 bytes, which a pipe that several processes write to keeps whole.
+they go through the logger "kserve_lite.access", with the same fields. What a peer sent
+is escaped, so that it ends no line and steers no terminal, and cut, so that a line fits
+in 4096 bytes, which a pipe that several processes write to keeps whole.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class AccessLog:
         if lines is not None and not log.handlers:
             if not lines.dead:
                 # From the clock of records to the world's.
-                since = time_ns() - perf_counter_ns()
+                since = (time_ns() - perf_counter_ns()) // 1_000_000
                 lines.add(b"".join([self._format(record, since) for record in pending]))
         elif log.hasHandlers():
             for record in pending:
@@ -160,7 +160,7 @@ class _Text:
         self._template = b""
 
     def line(self, record: Record, since: int) -> bytes:
-        ended = (since + record.started + record.took) // 1_000_000
+        ended = since + (record.started + record.took) // 1_000_000
         second, millisecond = divmod(ended, 1000)
         if second != self._second:
             self._second = second
@@ -197,7 +197,7 @@ class _Json:
         self._template = ""
 
     def line(self, record: Record, since: int) -> bytes:
-        ended = (since + record.started + record.took) // 1_000_000
+        ended = since + (record.started + record.took) // 1_000_000
         second, millisecond = divmod(ended, 1000)
         if second != self._second:
             self._second = second

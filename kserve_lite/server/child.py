@@ -7,24 +7,19 @@ supervisor's business.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
-import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from itertools import count
 from time import monotonic
-from typing import Any
 
 from kserve_lite.counters import Board, Sheet, State
-from kserve_lite.errors import StartupError
 from kserve_lite.server.control import Channel, Fault, Message
 from kserve_lite.server.sockets import Ports
-from kserve_lite.server.worker import VARIABLE
+from kserve_lite.server.starting import start
 
 log = logging.getLogger("kserve_lite")
 
@@ -38,24 +33,13 @@ TO_EXIT = 3.0
 _numbers = count()
 
 
-def command() -> list[str]:
-    """What starts this program once more; raises StartupError where nothing does."""
-    arguments = sys.orig_argv[1:]
-    is_there = sys.argv and sys.argv[0] not in ("", "-")
-    if hasattr(sys, "ps1") or not is_there:
-        raise StartupError(
-            "--workers and --reload start this program again, and it has no file to be "
-            "started from: write it to a file and run that, or use --workers 1"
-        )
-    return [sys.executable, *arguments]
-
-
 class Child:
     """A worker process, from its start.
 
     told: is called with what it says, beyond what is kept here. board, index: with the
     sheet that it gets. waits: whether it is to accept connections only when it is told
-    to. unloaded: names of models that it is not to load.
+    to. unloaded: names of models that it is not to load. Where it cannot be started it
+    is as one that has failed at once.
     """
 
     def __init__(
@@ -68,15 +52,14 @@ class Child:
         waits: bool,
         unloaded: tuple[str, ...],
     ) -> None:
-        self.index = index
         self.waits = waits
         self.sheet: Sheet = board.sheets[index]
         # On behalf of the process, so that no sibling is ready before it is.
         self.sheet.state = State.STARTING if waits else State.SERVING
         self.ready = asyncio.Event()
         self.gone = asyncio.Event()
+        self.settled = asyncio.Event()  # ready, or gone
         self.failure = ""  # why it ends, in its own words or ours
-        self.unloaded = unloaded
         self.report: tuple[int, int] | None = None  # drained and aborted requests
         self.orders: dict[int, asyncio.Future[Fault | None]] = {}
         self.takes_orders = not waits
@@ -84,37 +67,47 @@ class Child:
         self._told = told
         self._greeted = False
         self._loads = False
+        self._unloads = False
         self._is_warned = False
         self._ready_at = math.inf
         self._heard = monotonic()
         self._exit_by = math.inf
         self._channel = Channel(self._take, self._disconnected)
         self._connected = True
-        ours, theirs = socket.socketpair()
-        self._ours = ours
+        self._process: subprocess.Popen[bytes] | None = None
         try:
-            self.process = _start(theirs, board, self, ports)
-        finally:
-            theirs.close()
-        log.debug("started worker %d", self.pid)
+            self._ours, theirs = socket.socketpair()
+            with theirs:
+                self._process = start(
+                    theirs, board, index, ports, waits=waits, unloaded=unloaded
+                )
+        except OSError as error:  # too many processes or files, say; later there may be
+            self.failure = f"it could not be started: {error}"
+            self._end()
+        else:
+            log.debug("started %s", self.name)
 
     @property
-    def pid(self) -> int:
-        return self.process.pid
+    def name(self) -> str:
+        """What the log calls it."""
+        return f"worker {self._process.pid}" if self._process else "a worker"
 
     async def listen(self) -> None:
         """Hear what it says."""
-        await self._channel.open(self._ours)
+        if not self.gone.is_set():
+            await self._channel.open(self._ours)
 
     # --- what it is told ----------------------------------------------------------
 
     def stop(self, *, at_once: bool = False) -> None:
         """Have it finish what is in flight and exit."""
+        if self.gone.is_set():
+            return
         self.stopping = True
         if self._greeted:
             self._channel.say("stop", at_once=at_once)
-        else:  # it serves nobody, and may read what it is told only in an hour
-            self.process.terminate()
+        elif self._process:  # it serves nobody, and may read this only in an hour
+            self._process.terminate()
         if at_once or not self._greeted:
             self._exit_within(TO_EXIT)
 
@@ -136,8 +129,9 @@ class Child:
 
     def end(self) -> None:
         """End it here and now, and leave nothing of it."""
-        self.process.kill()
-        self.process.wait()
+        if self._process:
+            self._process.kill()
+            self._process.wait()
         self._end()
 
     # --- what it says -------------------------------------------------------------
@@ -155,12 +149,16 @@ class Child:
             case "ready":
                 self._ready_at = monotonic()
                 self.ready.set()
+                self.settled.set()
             case "failed":
                 self.failure = message["reason"]
                 self._exit_within(TO_EXIT)
             case "stopped":
                 self.report = message["drained"], message["aborted"]
                 self._exit_within(TO_EXIT)
+            case "unloads":
+                self._unloads = True
+                self._exit_within(message["within"] + TO_EXIT)
             case "begins":
                 self._loads = True
             case "done":
@@ -182,15 +180,33 @@ class Child:
         return max(0.0, self._heard - self._ready_at)
 
     @property
+    def was_stopped(self) -> bool:
+        """Whether it ended as one does that was told to, by whomever."""
+        process = self._process
+        return (
+            self.report is not None and process is not None and not process.returncode
+        )
+
+    @property
+    def lost(self) -> bool:
+        """Whether it was to finish what is in flight, and ended before it had."""
+        is_gone = self.gone.is_set() and self.stopping
+        return is_gone and self.ready.is_set() and self.report is None
+
+    @property
     def how(self) -> str:
         """How it ended."""
         if self.failure:
             return self.failure
-        status = self.process.returncode
+        status = self._process.returncode if self._process else None
         if status is not None and status < 0:
-            return f"it was ended by {signal.Signals(-status).name}"
+            return f"it was ended by {_name_of(-status)}"
         where = "" if self._greeted else ", before it served"
         return f"it ended by itself with status {status}{where}"
+
+    @property
+    def how_in_a_line(self) -> str:
+        return " ".join(self.how.split())
 
     def forgive(self) -> None:
         """What was not heard is not its fault."""
@@ -201,36 +217,43 @@ class Child:
 
         timeout: seconds that it may be silent for; 0 is for ever.
         """
+        process = self._process
+        if process is None or self.gone.is_set():
+            return
         now = monotonic()
         # What it has said last may not be read yet; a process that it has started may
         # hold its end of the channel.
         has_said_all = not self._connected or self._exit_by + TO_EXIT < now
-        if self.process.poll() is not None:
+        if process.poll() is not None:
             if has_said_all:
                 self._end()
             else:
                 self._exit_within(0)
         elif self._exit_by < now:
-            self.process.kill()
+            process.kill()
+        elif self._unloads:
+            pass  # it may block, within the time that it has told
         elif self.stopping or (self.ready.is_set() and not self._loads):
             # While models load, in the beginning and later, the interpreter may be
             # busy for long: importing a large package is enough.
-            self._judge(now - self._heard, timeout)
+            self._judge(process, now - self._heard, timeout)
 
-    def _judge(self, silence: float, timeout: float) -> None:
+    def _judge(
+        self, process: subprocess.Popen[bytes], silence: float, timeout: float
+    ) -> None:
         if timeout and silence > timeout:
             self.failure = (
                 f"its event loop was blocked for {timeout:g} s (worker_timeout), so it "
                 "was killed; write what computes or blocks as a plain def, not as an "
-                "async def, or allow it more time"
+                "async def, or allow it more time, also where a plain def holds the GIL"
             )
-            self.process.kill()
+            process.kill()
         elif silence > SILENCE and not (self._is_warned or self.stopping):
             self._is_warned = True
             log.warning(
-                "the event loop of worker %d has been blocked for %.1f s: it answers "
+                "the event loop of %s has been blocked for %.1f s: it answers "
                 "nothing%s",
-                self.pid,
+                self.name,
                 silence,
                 f", and is replaced after {timeout:g} s" if timeout else "",
             )
@@ -248,31 +271,13 @@ class Child:
                 future.set_result(None)  # it has nothing loaded any more
         self.orders.clear()
         self.gone.set()
+        self.settled.set()
+        if self.lost:
+            log.error("%s had not finished what it held: %s", self.name, self.how)
 
 
-def _start(
-    control: socket.socket, board: Board, child: Child, ports: Ports
-) -> subprocess.Popen[bytes]:
-    first = [sock.fileno() for sock in ports.first]
-    second = [sock.fileno() for sock in ports.second]
-    given: dict[str, Any] = {
-        "control": [control.fileno(), os.fstat(control.fileno()).st_ino],
-        "board": board.fd,
-        "sheets": len(board.sheets),
-        "index": child.index,
-        "first": first,
-        "second": second,
-        "waits": child.waits,
-        "unloaded": child.unloaded,
-    }
-    # A terminal's Ctrl-C comes to every process. Until the worker listens to it, it
-    # would end with a traceback: the signal waits, as a started process inherits that.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+def _name_of(number: int) -> str:
     try:
-        return subprocess.Popen(  # noqa: S603 - the very command of this process
-            command(),
-            env={**os.environ, VARIABLE: json.dumps(given)},
-            pass_fds=(control.fileno(), board.fd, *first, *second),
-        )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal has none
+        return f"signal {number}"

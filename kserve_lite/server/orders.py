@@ -2,7 +2,8 @@
 
 A client's request reaches one process; that its model is loaded again, or is gone, must
 hold for all. They are carried out one at a time, in the same order everywhere. A worker
-that ends meanwhile has nothing to obey, and its successor begins with what holds then.
+that ends meanwhile has nothing to obey; one that begins meanwhile obeys when the
+others have.
 """
 
 from __future__ import annotations
@@ -10,15 +11,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 
-import anyio
-
 from kserve_lite.errors import Kind
 from kserve_lite.server.child import Child
 from kserve_lite.server.control import Fault, Message
 
 # Those that wait for their turn; a further one is refused.
 MOST = 16
-# Seconds after which one is answered although not all workers have obeyed.
+# Seconds after which a client is answered although not all workers have obeyed yet.
 TIMEOUT = 600.0
 
 
@@ -31,7 +30,8 @@ class Orders:
 
     def __init__(self, workers: Callable[[], Iterable[Child]]) -> None:
         self._workers = workers
-        self._queue: asyncio.Queue[tuple[Child, Message]] = asyncio.Queue(MOST)
+        self._queue: asyncio.Queue[tuple[Child, Message, asyncio.TimerHandle]]
+        self._queue = asyncio.Queue(MOST)
         self._unloaded: set[str] = set()
 
     @property
@@ -40,31 +40,42 @@ class Orders:
 
     def ask(self, asker: Child, message: Message) -> None:
         """Take what a worker was asked for, which is answered in its turn."""
+        number, name = message["id"], message["name"]
+        late = _not_ready(name, "Not all workers have obeyed in time.")
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(TIMEOUT, asker.answer, number, late)
         try:
-            self._queue.put_nowait((asker, message))
+            self._queue.put_nowait((asker, message, timer))
         except asyncio.QueueFull:
+            timer.cancel()
             reason = "Too many models are being loaded and unloaded."
-            asker.answer(message["id"], [Kind.OVERLOADED.name, reason])
+            asker.answer(number, [Kind.OVERLOADED.name, reason])
 
     async def run(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
-            asker, message = await self._queue.get()
+            asker, message, timer = await self._queue.get()
+            if timer.when() <= loop.time():
+                continue  # whoever wanted it was told that it was not done
+            # However long it takes: workers that come later are to know how it ended.
             fault = await self._carry_out(message["verb"], message["name"])
+            timer.cancel()
             asker.answer(message["id"], fault)
 
     async def _carry_out(self, verb: str, name: str) -> Fault | None:
-        members = [worker for worker in self._workers() if worker.takes_orders]
+        members = self._members()
         if not all(worker.ready.is_set() or worker.waits for worker in members):
             # At the start: a worker that still loads the model could not obey.
             return _not_ready(name, "Not all workers have loaded their models yet.")
         if not members:
             return _not_ready(name, "The server stops, or starts again.")
-        results = [worker.order(verb, name) for worker in members]
-        with anyio.move_on_after(TIMEOUT) as waiting:
-            await asyncio.wait(results)
-        if waiting.cancelled_caught:
-            return _not_ready(name, "Not all workers have obeyed in time.")
-        faults = [result.result() for result in results]
+        results: dict[Child, asyncio.Future[Fault | None]] = {}
+        while members:
+            results |= {worker: worker.order(verb, name) for worker in members}
+            await asyncio.wait(results.values())
+            # Those that were admitted meanwhile do not know of it.
+            members = [worker for worker in self._members() if worker not in results]
+        faults = [result.result() for result in results.values()]
         fault = next(filter(None, faults), None)
         if verb == "unload" and None in faults:
             # Where a load had failed before, there was nothing to unload.
@@ -73,6 +84,9 @@ class Orders:
         if verb == "load" and fault is None:
             self._unloaded.discard(name)
         return fault
+
+    def _members(self) -> list[Child]:
+        return [worker for worker in self._workers() if worker.takes_orders]
 
 
 def _not_ready(name: str, detail: str) -> Fault:

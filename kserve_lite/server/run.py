@@ -23,10 +23,10 @@ import anyio
 from kserve_lite.errors import KServeLiteError, StartupError
 from kserve_lite.model import Model
 from kserve_lite.server.banner import banner
-from kserve_lite.server.child import STARTED_IN
 from kserve_lite.server.lifecycle import Server
 from kserve_lite.server.logs import configure_logging
 from kserve_lite.server.settings import Settings, make_settings, parse_flags
+from kserve_lite.server.starting import STARTED_IN
 from kserve_lite.server.supervisor import supervise
 from kserve_lite.server.worker import Worker, assignment, unblock_signals
 

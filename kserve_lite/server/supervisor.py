@@ -14,7 +14,6 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator
 from pathlib import Path
 from time import monotonic
 
@@ -24,13 +23,14 @@ import anyio.abc
 from kserve_lite.counters import Board, State
 from kserve_lite.errors import StartupError
 from kserve_lite.metrics import RESTARTS
-from kserve_lite.server.child import Child, command
+from kserve_lite.server.child import Child
 from kserve_lite.server.control import Message
 from kserve_lite.server.lifecycle import report
 from kserve_lite.server.orders import Orders
-from kserve_lite.server.reloading import changes
+from kserve_lite.server.reloading import Reloading
 from kserve_lite.server.settings import Settings
 from kserve_lite.server.sockets import open_ports
+from kserve_lite.server.starting import command
 
 log = logging.getLogger("kserve_lite")
 
@@ -44,9 +44,6 @@ HEALTHY = 5.0
 # ... and as many failures in a row without that, at one place, are the end.
 MOST_FAILURES = 5
 
-# Seconds that requests in flight are given when a file has changed.
-RELOAD_GRACE = 2.0
-
 
 def supervise(settings: Settings, *folders: Path) -> None:
     """Serve with the workers that the settings ask for, until a signal.
@@ -55,34 +52,37 @@ def supervise(settings: Settings, *folders: Path) -> None:
     start, and where workers fail again and again.
     """
     command()
-    watch = changes(*folders) if settings.server.reload else None
-    anyio.run(Supervisor(settings).run, watch)
+    anyio.run(Supervisor(settings, *folders).run)
 
 
 class Supervisor:
     """The workers of a server, by place."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *folders: Path) -> None:
+        self._stopping = asyncio.Event()
+        self._children: list[Child] = []
+        self._reloading = (
+            Reloading(lambda: self._children, *folders, stop=self._stopping)
+            if settings.server.reload
+            else None
+        )
         self._server = settings.server
         self._silence = settings.dispatch.grace_period
         # A restart needs a further sheet, and a stopped worker keeps its own for long.
         self._board = Board(1 + 2 * self._server.workers)
         self._restarts = RESTARTS.on(self._board.sheets[0])
         self._ports = open_ports(settings)
-        self._children: list[Child] = []
         self._places: list[Child] = []
-        self._orders = Orders(lambda: [c for c in self._children if not c.stopping])
-        self._stopping = asyncio.Event()
+        self._orders = Orders(self._that_serve)
+        self._signals = 0  # that have asked for a stop
         self._failure: StartupError | None = None
         self._was_ready = False
         self._banner = ""
         self._restarting = False
-        self._changed = asyncio.Event()
-        self._reloads = settings.server.reload
         self._has_terminal = sys.stderr.isatty()
         self._tasks: anyio.abc.TaskGroup
 
-    async def run(self, watch: AsyncIterator[list[Path]] | None) -> None:
+    async def run(self) -> None:
         """Serve until a stop has been asked for and all workers have ended."""
         try:
             async with anyio.create_task_group() as self._tasks:
@@ -91,10 +91,10 @@ class Supervisor:
                 self._tasks.start_soon(self._look)
                 self._tasks.start_soon(self._orders.run)
                 for place in range(self._server.workers):
-                    self._places.append(await self._spawn(waits=False))
+                    self._places.append(self._spawn(waits=False))
                     self._tasks.start_soon(self._keep, place)
-                if watch is not None:
-                    self._tasks.start_soon(self._reload, watch)
+                if self._reloading is not None:
+                    self._tasks.start_soon(self._reload, self._reloading)
                 await self._stopping.wait()
                 await self._stop()
                 self._tasks.cancel_scope.cancel()
@@ -108,7 +108,7 @@ class Supervisor:
 
     # --- workers ----------------------------------------------------------------------
 
-    async def _spawn(self, *, waits: bool) -> Child:
+    def _spawn(self, *, waits: bool) -> Child:
         """Start a worker on a sheet that nobody uses."""
         states = self._board.states
         child = Child(
@@ -120,39 +120,39 @@ class Supervisor:
             unloaded=self._orders.unloaded,
         )
         self._children.append(child)
-        await child.listen()
+        self._tasks.start_soon(child.listen)
         return child
 
+    def _that_serve(self) -> list[Child]:
+        return [c for c in self._children if not (c.stopping or c.gone.is_set())]
+
     async def _keep(self, place: int) -> None:
-        """Have a worker at a place, until the stop."""
+        """Have a worker at a place, until the stop, or a restart puts another there."""
         failures = 0
         while True:
             child = self._places[place]
             await child.gone.wait()
-            if self._stopping.is_set():
+            if not self._is_at(place, child):
                 return
-            if self._places[place] is not child:  # it was restarted
-                failures = 0
-                continue
-            if child.report is not None and child.process.returncode == 0:
-                log.info("worker %d was stopped: starting another", child.pid)
-                failures = 0
-            elif self._reloads:
-                await self._wait_for_change(child)
+            if self._reloading is not None:
+                await self._reloading.wait(child)
             else:
                 failures = 1 if child.lived >= HEALTHY else failures + 1
                 if not await self._recover(child, failures):
                     return
-            if self._places[place] is child and not self._stopping.is_set():
-                # Nobody may meet a worker that loads, unless there is no other: then
-                # liveness is to answer, as at the start.
-                others = [c for c in self._children if c.ready.is_set()]
-                serves = any(not other.stopping for other in others)
-                waits = serves or self._reloads
-                self._places[place] = await self._spawn(waits=waits)
+            if not self._is_at(place, child):
+                return
+            # Nobody may meet a worker that loads, unless there is no other: then
+            # liveness is to answer, as at the start.
+            waits = any(other.ready.is_set() for other in self._that_serve())
+            waits = waits or self._reloading is not None
+            self._places[place] = self._spawn(waits=waits)
+
+    def _is_at(self, place: int, child: Child) -> bool:
+        return self._places[place] is child and not self._stopping.is_set()
 
     async def _recover(self, child: Child, failures: int) -> bool:
-        """Wait before a failed worker is replaced; False: it is not to be."""
+        """Wait before a worker is replaced that has ended; False: it is not to be."""
         if child.failure and not self._was_ready:
             # What fails at the very first start, a load say, fails again.
             self._fail(child.failure)
@@ -161,13 +161,16 @@ class Supervisor:
             self._fail(f"a worker has failed {failures} times in a row: {child.how}")
             return False
         delay = BACK_OFF * 2 ** (failures - 1)
-        log.error(
-            "worker %d failed: %s; starting another in %g s",
-            child.pid,
-            " ".join(child.how.split()),
-            delay,
-        )
-        self._restarts.add()
+        if child.was_stopped:
+            log.info("%s was stopped: starting another in %g s", child.name, delay)
+        else:
+            log.error(
+                "%s failed: %s; starting another in %g s",
+                child.name,
+                child.how_in_a_line,
+                delay,
+            )
+            self._restarts.add()
         await anyio.sleep(delay)
         return True
 
@@ -195,7 +198,7 @@ class Supervisor:
         if child.stopping:
             return self._server.worker_timeout or self._silence
         # Who develops may hold the loop in a debugger.
-        return 0.0 if self._reloads else self._server.worker_timeout
+        return 0.0 if self._reloading else self._server.worker_timeout
 
     def _told(self, child: Child, message: Message) -> None:
         """Hear what a worker says."""
@@ -204,7 +207,7 @@ class Supervisor:
                 child.accept(self._orders.unloaded)
             case "ready":
                 self._was_ready = True
-                log.debug("worker %d is ready", child.pid)
+                log.debug("%s is ready", child.name)
                 self._announce(message["banner"])
             case "ask":
                 self._orders.ask(child, message)
@@ -229,49 +232,29 @@ class Supervisor:
             for place in range(self._server.workers):
                 if self._stopping.is_set():
                     return
-                child = await self._spawn(waits=True)
-                await _first(child.ready, child.gone)
+                child = self._spawn(waits=True)
+                await child.settled.wait()
+                if self._stopping.is_set():
+                    return
                 if not child.ready.is_set():
                     log.error(
                         "the restart is given up, and the workers that serve go on: %s",
-                        " ".join(child.how.split()),
+                        child.how_in_a_line,
                     )
                     return
                 old, self._places[place] = self._places[place], child
+                self._tasks.start_soon(self._keep, place)
                 old.stop()
                 await old.gone.wait()
             log.info("all workers are restarted")
         finally:
             self._restarting = False
 
-    async def _reload(self, watch: AsyncIterator[list[Path]]) -> None:
-        """Start again with each change of a file: stop first, so that none is old.
-
-        Requests that come meanwhile wait until the new worker is ready.
-        """
-        async for files in watch:
-            log.info("%s changed: reloading", ", ".join(path.name for path in files))
-            self._changed.set()
-            self._changed = asyncio.Event()
-            children = list(self._children)
-            for child in children:
-                child.stop()
-            with anyio.move_on_after(RELOAD_GRACE):
-                for child in children:
-                    await child.gone.wait()
-            for child in children:
-                child.stop(at_once=True)
-            for child in children:
-                await child.gone.wait()
-
-    async def _wait_for_change(self, child: Child) -> None:
-        if not child.stopping:  # else it ended because of a change
-            log.error(
-                "worker %d failed: %s; waiting for a file to change",
-                child.pid,
-                " ".join(child.how.split()),
-            )
-            await self._changed.wait()
+    async def _reload(self, reloading: Reloading) -> None:
+        try:
+            await reloading.run()
+        except StartupError as error:
+            self._fail(str(error))
 
     # --- the end ----------------------------------------------------------------------
 
@@ -281,15 +264,18 @@ class Supervisor:
         with anyio.open_signal_receiver(*numbers) as signals:
             task_status.started()
             async for number in signals:
-                if self._stopping.is_set():
+                # A terminal that was closed sends it too, and is one no longer.
+                is_closed = self._has_terminal and not sys.stderr.isatty()
+                if number == signal.SIGHUP and self._stopping.is_set():
+                    log.info("SIGHUP: the server is stopping already")
+                elif number == signal.SIGHUP and not is_closed:
+                    self._tasks.start_soon(self._restart)
+                elif self._signals:
+                    self._signals += 1
                     for child in self._children:
                         child.stop(at_once=True)
-                # A terminal that was closed sends it too, and is one no longer.
-                elif number == signal.SIGHUP and (
-                    sys.stderr.isatty() or not self._has_terminal
-                ):
-                    self._tasks.start_soon(self._restart)
                 else:
+                    self._signals = 1
                     log.info("%s: stopping", signal.Signals(number).name)
                     self._stopping.set()
 
@@ -308,15 +294,5 @@ class Supervisor:
         drained = sum(drained for drained, _ in reports)
         aborted = sum(aborted for _, aborted in reports)
         log.info("stopped: %s", report(drained, aborted, monotonic() - started))
-
-
-async def _first(*events: asyncio.Event) -> None:
-    """Wait until one of them is set."""
-    async with anyio.create_task_group() as tasks:
-
-        async def wait(event: asyncio.Event) -> None:
-            await event.wait()
-            tasks.cancel_scope.cancel()
-
-        for event in events:
-            tasks.start_soon(wait, event)
+        if any(child.lost for child in children) and self._signals < 2:
+            self._fail("a worker ended amid the stop: what it still held is lost")

@@ -25,6 +25,8 @@ PREDICT = "/v1/models/m:predict"
 # What the handler does is what the request says; its answer is its process.
 APP = """
 import os, time
+if os.path.exists("import exits"):
+    os._exit(9)
 import anyio
 from kserve_lite import InferResponse, Model, run
 
@@ -34,8 +36,6 @@ model = Model("m")
 def load():
     if os.path.exists("load fails"):
         raise OSError("no such weights")
-    if os.path.exists("load exits"):
-        os._exit(9)
     while os.path.exists("load waits"):
         time.sleep(0.01)
 
@@ -76,6 +76,7 @@ class Fleet(App):
     """A server with workers. `folder` is where it runs, and where files steer it."""
 
     new_session = True  # so that its group is its own
+    second = 0  # its other port, where a test gave it one
 
     def __init__(
         self,
@@ -266,12 +267,6 @@ class Load:
                 stub.ModelInfer(request, timeout=PATIENCE)
                 self.answers["grpc"] += 1
                 time.sleep(0.002)
-
-
-def sockets_of(pid: int) -> set[str]:
-    """What a process has open, by name."""
-    folder = Path(f"/proc/{pid}/fd")
-    return {str(entry.readlink()) for entry in folder.iterdir()}
 
 
 def memory_of(pid: int) -> set[int]:

@@ -197,11 +197,50 @@ def test_the_first_signal_to_all_processes_is_one(folder: Path) -> None:
         until(lambda: _lines(folder / "came") == 1)
         os.killpg(fleet.process.pid, signal.SIGINT)
         refused(fleet.port)
+        # What is no wish for a stop does not count as a second one.
+        fleet.signal(signal.SIGHUP)
+        fleet.log("SIGHUP: the server is stopping already")
         (folder / "gate").unlink()
         assert status_of(connection) == 200
         connection.close()
         result = fleet.wait()
     assert (result.status, report(result)) == (0, (1, 0))
+
+
+def test_a_worker_that_ends_amid_a_stop_is_told(folder: Path) -> None:
+    """What it held is lost, and neither the log nor the status says that all is well."""
+    (folder / "gate").touch()
+    with Fleet(folder) as fleet, fleet.kept(1) as (connection,):
+        holder = pid_of(connection)
+        connection.request("POST", PREDICT, GATE)
+        until(lambda: _lines(folder / "came") == 1)
+        fleet.signal(signal.SIGTERM)
+        refused(fleet.port)
+        os.kill(holder, signal.SIGKILL)
+        result = fleet.wait()
+    assert f"worker {holder} had not finished what it held: it was ended" in result.err
+    assert result.errors == [
+        "kserve-lite: a worker ended amid the stop: what it still held is lost"
+    ]
+    assert (result.status, report(result)) == (1, (0, 0))
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_an_unload_handler_may_block(folder: Path, loop: str) -> None:
+    """A worker that unloads serves nobody, and is not killed for it."""
+    unload = """
+@model.unload
+async def unload():
+    time.sleep(1)
+    open(f"{os.getpid()} unloaded", "x").close()
+
+if"""
+    (folder / "app.py").write_text(APP.replace("\nif", unload))
+    with Fleet(folder, "--worker_timeout", "0.5", "--event_loop", loop) as fleet:
+        workers = fleet.serving(2)
+        result = fleet.stop()
+    assert {int(file.name.split()[0]) for file in folder.glob("* unloaded")} == workers
+    assert (result.status, report(result)) == (0, (0, 0))
 
 
 def test_ctrl_c_while_it_starts(folder: Path) -> None:

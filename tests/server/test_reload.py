@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
+import anyio
 import pytest
 
+from kserve_lite import StartupError
+from kserve_lite.server.reloading import changes
 from tests.server.fleet import APP, PREDICT, Fleet, exists, until
 from tests.server.process import finish
 from tests.server.test_run import CLI, one_line
@@ -84,3 +88,24 @@ def test_without_watchfiles_one_line_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "watchfiles.py").write_text("raise ImportError\n")
     line = one_line(finish("app.py", "--reload", cwd=tmp_path, PORT="0"))
     assert "pip install 'kserve-lite[reload]'" in line
+
+
+@pytest.mark.anyio
+async def test_a_stop_ends_it(tmp_path: Path) -> None:
+    stop = asyncio.Event()
+    seen: list[list[Path]] = []
+
+    async def watch() -> None:
+        seen.extend([files async for files in changes(tmp_path, stop=stop)])
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(watch)
+        await anyio.sleep(0)
+        stop.set()
+    assert seen == []
+
+
+@pytest.mark.anyio
+async def test_what_cannot_be_watched_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="--reload cannot watch .*/nothing: "):
+        await anext(changes(tmp_path / "nothing", stop=asyncio.Event()))

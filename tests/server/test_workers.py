@@ -5,21 +5,30 @@ Real processes, real signals and real clients. Linux tells who is whose child.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import json
 import os
 import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kserve_lite import SettingsError, serve
+from kserve_lite import Model, SettingsError, serve
+from kserve_lite.counters import Board
+from kserve_lite.server.control import LONGEST
 from kserve_lite.server.orders import MOST
+from kserve_lite.server.sockets import Ports
+from kserve_lite.server.worker import Assignment
 from tests.server.fleet import (
     APP,
     PREDICT,
@@ -29,7 +38,6 @@ from tests.server.fleet import (
     is_alive,
     memory_of,
     pid_of,
-    sockets_of,
     status_of,
     until,
 )
@@ -48,6 +56,18 @@ LOOPS = ["asyncio", "uvloop"]
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "app.py").write_text(APP)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Two workers for the tests that leave them as they were."""
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "app.py").write_text(APP)
+    second = free_port()
+    with Fleet(folder, "--grpc_port", str(second), "--worker_timeout", "0") as fleet:
+        fleet.second = second
+        yield fleet
+        assert fleet.stop().status == 0
 
 
 # --- start ------------------------------------------------------------------------
@@ -84,7 +104,9 @@ def test_the_banner_comes_once_when_all_are_ready(folder: Path) -> None:
 
 
 def test_the_argument_of_run_counts(folder: Path) -> None:
-    text = APP.replace("run(model)", "run(model, workers=2)")
+    """And a program that goes elsewhere before it serves is started where it was."""
+    (folder / "elsewhere").mkdir()
+    text = APP.replace("run(model)", "os.chdir('elsewhere'); run(model, workers=2)")
     (folder / "app.py").write_text(text)
     with Fleet(folder, workers=0) as fleet:
         assert len(fleet.serving(2)) == 2
@@ -103,16 +125,21 @@ def test_the_supervisor_does_not_import_the_program(folder: Path) -> None:
 def test_what_a_worker_starts_is_no_worker(folder: Path) -> None:
     """Not before `run()` has been called, and not after."""
     text = """
-import subprocess, sys
+import signal, subprocess, sys
 code = "from kserve_lite.server.worker import assignment; print(assignment())"
+code += "; import signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, []))"
 done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-assert done.stdout == "None\\n", done
+assert done.stdout == "None\\nset()\\n", done
 """
     load = """def load():
     assert 'KSERVE_LITE_WORKER' not in os.environ
     for name in os.listdir('/proc/self/fd'):
         if int(name) > 2 and os.path.exists(f'/proc/self/fd/{name}'):
             assert not os.get_inheritable(int(name)), name
+    status = subprocess.run(["cat", "/proc/self/status"], capture_output=True)
+    masks = dict(line.split(b":") for line in status.stdout.splitlines())
+    assert not int(masks[b"SigBlk"], 16)
+    assert not int(masks[b"SigIgn"], 16) & 1 << signal.SIGHUP - 1
 """
     (folder / "app.py").write_text(text + APP.replace("def load():", load))
     with Fleet(folder) as fleet:
@@ -152,49 +179,63 @@ def test_serve_has_no_workers() -> None:
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_kept_connections_are_shared_evenly(folder: Path, loop: str) -> None:
-    with Fleet(folder, "--event_loop", loop) as fleet:
-        fleet.serving(2)
-        with fleet.kept(64) as connections:
-            shares = Counter(pid_of(connection) for connection in connections)
+    with Fleet(folder, "--event_loop", loop) as fleet, fleet.kept(64) as connections:
+        shares = Counter(pid_of(connection) for connection in connections)
     # 32 each, but where the machine gives one of them no time to come.
     assert len(shares) == 2
     assert min(shares.values()) >= 16, shares
 
 
-def test_all_protocols_come_to_all_workers(folder: Path) -> None:
-    second = free_port()
-    with Fleet(folder, "--grpc_port", str(second)) as fleet:
-        workers = fleet.serving(2)
-        for port in (fleet.port, second):
-            with Load(port) as load:
-                until(lambda: load.failures or workers | {"grpc"} <= set(load.answers))
-            assert load.failures == []
+def test_all_protocols_come_to_all_workers(shared: Fleet) -> None:
+    workers = shared.serving(2)
+    for port in (shared.port, shared.second):
+        with Load(port) as load:
+            until(lambda: load.failures or workers | {"grpc"} <= set(load.answers))
+        assert load.failures == []
 
 
-def test_a_blocked_worker_holds_up_no_new_connection(folder: Path) -> None:
+def test_a_blocked_worker_holds_up_no_new_connection(shared: Fleet) -> None:
+    folder, workers = shared.folder, shared.serving(2)
     (folder / "blocks").touch()
-    with Fleet(folder, "--worker_timeout", "0") as fleet:
-        workers = fleet.serving(2)
-        blocked = fleet.begin(PREDICT, {"instances": ["block"]})
-        until((folder / "is blocked").exists)
-        (other,) = {fleet.pid() for _ in range(20)}
-        assert other in workers
-        (folder / "blocks").unlink()
-        assert status_of(blocked) == 200
-        blocked.close()
+    blocked = shared.begin(PREDICT, {"instances": ["block"]})
+    until((folder / "is blocked").exists)
+    (other,) = {shared.pid() for _ in range(20)}
+    assert other in workers
+    (folder / "blocks").unlink()
+    assert status_of(blocked) == 200
+    blocked.close()
 
 
-def test_too_many_open_files_only_delay(folder: Path) -> None:
-    with Fleet(folder) as fleet:
-        workers = fleet.serving(2)
-        before = {pid: resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in workers}
+def test_too_many_open_files_only_delay(shared: Fleet) -> None:
+    workers = shared.serving(2)
+    before = {pid: limit_files(pid) for pid in workers}
+    with shared.kept(4) as connections:
+        shared.log("no connection can be accepted: Too many open files")
         for pid in workers:
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, before[pid][1]))
-        with fleet.kept(4) as connections:
-            fleet.log("no connection can be accepted: Too many open files")
-            for pid in workers:
-                resource.prlimit(pid, resource.RLIMIT_NOFILE, before[pid])
-            assert {pid_of(connection) for connection in connections} <= workers
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, before[pid])
+        assert {pid_of(connection) for connection in connections} <= workers
+
+
+def limit_files(pid: int) -> tuple[int, int]:
+    """Have a process open no further file; return what it was allowed."""
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, before[1]))
+    return before
+
+
+def test_what_is_in_flight_is_known_of_all_workers(shared: Fleet) -> None:
+    """Whichever of them is asked for metrics, and as soon as it is over."""
+    gate = shared.folder / "gate"
+    gate.touch()
+    with shared.kept(6) as connections:
+        for connection in connections:
+            connection.request("POST", PREDICT, '{"instances": ["gate"]}')
+        in_flight = 'kserve_lite_requests_in_flight{model_name="m"}'
+        until(lambda: all(f"{in_flight} 6.0" in metrics(shared) for _ in range(4)))
+        gate.unlink()
+        owners = {json.loads(c.getresponse().read())["pid"] for c in connections}
+        assert len(owners) == 2
+        until(lambda: all(f"{in_flight} 0.0" in metrics(shared) for _ in range(4)))
 
 
 # --- failures -----------------------------------------------------------------------
@@ -220,6 +261,22 @@ def test_a_killed_worker_loses_only_what_it_held(folder: Path) -> None:
         assert first not in fleet.serving(2)
         assert "kserve_lite_worker_restarts_total 1.0" in metrics(fleet)
         assert 'kserve_lite_workers{state="ready"} 2.0' in metrics(fleet)
+        assert fleet.stop().status == 0
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(folder: Path) -> None:
+    """Neither then nor at a restart is it the end of those that serve."""
+    with Fleet(folder) as fleet:
+        first, second = sorted(fleet.serving(2))
+        before = limit_files(fleet.process.pid)
+        fleet.signal(signal.SIGHUP)
+        reason = "it could not be started: [Errno 24] Too many open files"
+        fleet.log(f"the workers that serve go on: {reason}")
+        os.kill(first, signal.SIGRTMIN + 1)
+        fleet.log(f"worker {first} failed: it was ended by signal ")
+        fleet.log(f"a worker failed: {reason}; starting another in 0.4 s")
+        resource.prlimit(fleet.process.pid, resource.RLIMIT_NOFILE, before)
+        assert second in fleet.serving(2)
         assert fleet.stop().status == 0
 
 
@@ -249,7 +306,7 @@ def test_a_machine_that_was_suspended_has_no_blocked_worker(folder: Path) -> Non
     with Fleet(folder, "--worker_timeout", "1") as fleet:
         workers = fleet.serving(2)
         os.killpg(fleet.process.pid, signal.SIGSTOP)
-        time.sleep(2)
+        time.sleep(1.3)
         os.killpg(fleet.process.pid, signal.SIGCONT)
         assert fleet.serving(2) == workers
         # One that is stopped alone is as good as blocked.
@@ -294,6 +351,31 @@ def test_a_load_that_fails_at_the_start_is_told_once(folder: Path) -> None:
     assert "app.py:" in line
 
 
+def test_a_long_reason_is_told() -> None:
+    """Also where the supervisor is slow to read what was said before."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)  # as an event loop does
+    filled = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            filled += theirs.send(b"x" * 1000)
+    given = Assignment(theirs, Board(), 0, Ports([], []), False, ())
+    said = bytearray()
+
+    def read() -> None:
+        while data := ours.recv(10_000):
+            said.extend(data)
+
+    with ours:
+        thread = threading.Thread(target=read)
+        thread.start()
+        with theirs:
+            given.fail("y" * 1_000_000)
+        thread.join()
+    message = json.loads(said[filled:])
+    assert message == {"kind": "failed", "reason": "y" * LONGEST}
+
+
 def test_a_model_that_is_not_there_is_told_once(folder: Path) -> None:
     flags = ("--http_port", "0", "--workers", "3", "--host", "127.0.0.1")
     result = finish(*CLI, "app:modle", *flags, cwd=folder)
@@ -305,7 +387,7 @@ def test_a_model_that_is_not_there_is_told_once(folder: Path) -> None:
 def test_five_quick_failures_are_the_end(folder: Path) -> None:
     with Fleet(folder) as fleet:
         first, second = sorted(fleet.serving(2))
-        (folder / "load exits").touch()
+        (folder / "import exits").touch()
         os.kill(first, signal.SIGKILL)
         result = fleet.wait()
         assert not is_alive(second)
@@ -313,7 +395,7 @@ def test_five_quick_failures_are_the_end(folder: Path) -> None:
     (line,) = result.errors
     assert line == (
         "kserve-lite: a worker has failed 5 times in a row: it ended by itself with "
-        "status 9"
+        "status 9, before it served"
     )
     assert result.err.count("starting another in") == 4
 
@@ -346,7 +428,7 @@ def test_a_worker_that_is_told_to_stop_is_no_failure(folder: Path) -> None:
     with Fleet(folder) as fleet:
         first, second = sorted(fleet.serving(2))
         os.kill(first, signal.SIGTERM)
-        fleet.log(f"worker {first} was stopped: starting another")
+        fleet.log(f"worker {first} was stopped: starting another in 0.2 s")
         assert second in fleet.serving(2)
 
 
@@ -383,15 +465,52 @@ def connects(fleet: Fleet) -> bool:
 
 
 def test_one_model_that_says_no_is_the_whole_server_s(folder: Path) -> None:
+    """At the start, too."""
+    text = APP.replace('"not ready"', 'f"not ready {os.getpid()}"')
+    text = text.replace("@model.load", "os.path.exists('no') and no()\n\n@model.load")
+    no = "def no():\n    open(f'not ready {os.getpid()}', 'x')\n\n"
+    (folder / "app.py").write_text(no + text)
     with Fleet(folder) as fleet:
-        workers = fleet.serving(2)
-        file = f"not ready {min(workers)}"
+        first = min(fleet.serving(2))
         assert fleet.ready()
-        (folder / file).touch()
-        (folder / "not ready").touch()
+        file = folder / f"not ready {first}"
+        file.touch()
         until(lambda: {fleet.ready() for _ in range(6)} == {False})
-        (folder / "not ready").unlink()
+        file.unlink()
         until(lambda: {fleet.ready() for _ in range(6)} == {True})
+        (folder / "no").touch()
+        os.kill(first, signal.SIGKILL)
+        until(lambda: len(fleet.workers - {first}) == 2)
+        seen = [metrics(fleet)]
+        while 'state="serving"} 1.0' not in seen[-1]:
+            assert 'state="ready"} 1.0' in seen[-1]  # not two, not for a moment
+            seen.append(metrics(fleet))
+        assert not any(fleet.ready() for _ in range(6))
+
+
+@pytest.mark.anyio
+async def test_a_ready_handler_that_raises_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each time that it begins to: it is asked each second."""
+    raises: list[type[BaseException]] = []
+
+    async def ready() -> bool:
+        for error in raises:
+            raise error("no")
+        return True
+
+    model = Model("m", predict=echo, ready=ready)
+    async with serve(model, http_port=0, host="127.0.0.1") as server:
+        told = []
+        for error in (OSError, SystemExit):
+            assert await server.dataplane.ready()
+            raises.append(error)
+            assert not await server.dataplane.ready()
+            assert not await server.dataplane.ready()
+            raises.clear()
+            told.append(caplog.text.count("the ready handler of model m failed"))
+    assert told == [1, 2]
 
 
 # --- models -------------------------------------------------------------------------
@@ -425,19 +544,20 @@ def test_unload_and_load_reach_every_worker(folder: Path) -> None:
         assert max(workers) in fleet.serving(2)
 
 
-def test_a_load_that_fails_is_told(folder: Path) -> None:
-    with Fleet(folder) as fleet:
-        (folder / "load fails").touch()
-        status, answer = fleet.ask("/v2/repository/models/m/load", {})
-        assert status == 503
-        assert "What was loaded before still answers." in answer["error"]
-        assert len(fleet.serving(2)) == 2
-        assert fleet.ask("/v2/repository/models/other/load", {})[0] == 404
+def test_a_load_that_fails_is_told(shared: Fleet) -> None:
+    file = shared.folder / "load fails"
+    file.touch()
+    status, answer = shared.ask("/v2/repository/models/m/load", {})
+    file.unlink()
+    assert status == 503
+    assert "What was loaded before still answers." in answer["error"]
+    assert len(shared.serving(2)) == 2
+    assert shared.ask("/v2/repository/models/other/load", {})[0] == 404
 
 
-def test_loads_that_wait_are_bounded(folder: Path) -> None:
-    with Fleet(folder) as fleet, fleet.kept(MOST + 5) as connections:
-        (folder / "load waits").touch()
+def test_loads_that_wait_are_bounded(shared: Fleet) -> None:
+    with shared.kept(MOST + 5) as connections:
+        (shared.folder / "load waits").touch()
         for connection in connections:
             connection.request("POST", "/v2/repository/models/m/load", "{}")
 
@@ -447,33 +567,24 @@ def test_loads_that_wait_are_bounded(folder: Path) -> None:
 
         # One is carried out, and as many wait.
         until(lambda: refused() == 5 - 1)
-        (folder / "load waits").unlink()
+        (shared.folder / "load waits").unlink()
         statuses = Counter(status_of(connection) for connection in connections)
         assert statuses == {200: MOST + 1, 503: 4}
-        assert fleet.ready()
+        assert shared.ready()
 
 
-def test_a_worker_that_dies_holds_up_no_load(folder: Path) -> None:
-    with Fleet(folder) as fleet:
-        workers = fleet.serving(2)
+def test_workers_that_come_and_go_amid_a_load(folder: Path) -> None:
+    """One that dies holds it up no longer; its successor obeys when the others have."""
+    with Fleet(folder) as fleet, fleet.kept(1) as (connection,):
+        asked = pid_of(connection)
+        (other,) = fleet.workers - {asked}
+        assert fleet.ask("/v2/repository/models/m/unload", {})[0] == 200
         (folder / "load waits").touch()
-        connection = fleet.begin("/v2/repository/models/m/load", {})
-        for pid in workers:
-            # The one that was asked cannot answer; so only the other one is killed.
-            if not holds(pid, connection):
-                os.kill(pid, signal.SIGKILL)
+        connection.request("POST", "/v2/repository/models/m/load", "{}")
+        until(lambda: 'state="ready"} 0.0' in metrics(fleet))
+        os.kill(other, signal.SIGKILL)
+        fleet.log(f"worker {other} failed")
+        until(lambda: 'state="serving"} 2.0' in metrics(fleet))
         (folder / "load waits").unlink()
         assert status_of(connection) == 200
-        connection.close()
-
-
-def holds(pid: int, connection: object) -> bool:
-    """Whether the other end of a connection is a process's."""
-    sock = connection.sock  # type: ignore[attr-defined]
-    wanted = f":{sock.getsockname()[1]:04X}"
-    inodes = {
-        line.split()[9]
-        for line in Path("/proc/net/tcp").read_text().splitlines()
-        if line.split()[2].endswith(wanted)
-    }
-    return bool({f"socket:[{inode}]" for inode in inodes} & sockets_of(pid))
+        assert asked in fleet.serving(2)
