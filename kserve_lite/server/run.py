@@ -171,7 +171,8 @@ async def _serve_until_signal(server: Server, worker: Worker | None) -> None:
                 if not server.stopped and worker is not None:
                     worker.ready(_banner(server))
                 elif not server.stopped:
-                    print(_banner(server), file=sys.stderr, flush=True)
+                    with contextlib.suppress(OSError):  # a terminal may be closed now
+                        print(_banner(server), file=sys.stderr, flush=True)
                 await server.wait_stopped()
         except KServeLiteError as error:  # kept out of the task group, which wraps it
             failure = error

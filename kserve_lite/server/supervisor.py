@@ -14,6 +14,7 @@ import logging
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 
@@ -217,7 +218,8 @@ class Supervisor:
         ready = [child for child in self._places if child.ready.is_set()]
         if len(ready) == self._server.workers and not self._banner:
             self._banner = banner
-            print(banner, file=sys.stderr, flush=True)
+            with suppress(OSError):  # a terminal may be closed at this moment
+                print(banner, file=sys.stderr, flush=True)
 
     # --- restarts ---------------------------------------------------------------------
 

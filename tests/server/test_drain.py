@@ -208,7 +208,7 @@ def test_the_first_signal_to_all_processes_is_one(folder: Path) -> None:
 
 
 def test_a_worker_that_ends_amid_a_stop_is_told(folder: Path) -> None:
-    """What it held is lost, and neither the log nor the status says that all is well."""
+    """What it held is lost: the log and the status tell."""
     (folder / "gate").touch()
     with Fleet(folder) as fleet, fleet.kept(1) as (connection,):
         holder = pid_of(connection)
@@ -234,8 +234,8 @@ async def unload():
     time.sleep(1)
     open(f"{os.getpid()} unloaded", "x").close()
 
-if"""
-    (folder / "app.py").write_text(APP.replace("\nif", unload))
+if __name__"""
+    (folder / "app.py").write_text(APP.replace("\nif __name__", unload))
     with Fleet(folder, "--worker_timeout", "0.5", "--event_loop", loop) as fleet:
         workers = fleet.serving(2)
         result = fleet.stop()

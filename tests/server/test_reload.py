@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-import anyio
+import anyio.lowlevel
 import pytest
 
 from kserve_lite import StartupError
@@ -100,12 +100,12 @@ async def test_a_stop_ends_it(tmp_path: Path) -> None:
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(watch)
-        await anyio.sleep(0)
+        await anyio.lowlevel.checkpoint()
         stop.set()
     assert seen == []
 
 
 @pytest.mark.anyio
 async def test_what_cannot_be_watched_is_told(tmp_path: Path) -> None:
-    with pytest.raises(StartupError, match="--reload cannot watch .*/nothing: "):
+    with pytest.raises(StartupError, match=r"--reload cannot watch .*/nothing: "):
         await anext(changes(tmp_path / "nothing", stop=asyncio.Event()))

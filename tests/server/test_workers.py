@@ -224,18 +224,23 @@ def limit_files(pid: int) -> tuple[int, int]:
 
 
 def test_what_is_in_flight_is_known_of_all_workers(shared: Fleet) -> None:
-    """Whichever of them is asked for metrics, and as soon as it is over."""
-    gate = shared.folder / "gate"
+    """Also when one alone is asked for metrics; and that it is over."""
+    gate, workers = shared.folder / "gate", shared.serving(2)
     gate.touch()
-    with shared.kept(6) as connections:
+    with shared.kept(17) as (asked, *connections):
+
+        def known() -> str:
+            asked.request("GET", "/metrics")
+            return asked.getresponse().read().decode()
+
         for connection in connections:
             connection.request("POST", PREDICT, '{"instances": ["gate"]}')
         in_flight = 'kserve_lite_requests_in_flight{model_name="m"}'
-        until(lambda: all(f"{in_flight} 6.0" in metrics(shared) for _ in range(4)))
+        until(lambda: f"{in_flight} 16.0" in known())
         gate.unlink()
         owners = {json.loads(c.getresponse().read())["pid"] for c in connections}
-        assert len(owners) == 2
-        until(lambda: all(f"{in_flight} 0.0" in metrics(shared) for _ in range(4)))
+        assert owners == workers
+        until(lambda: f"{in_flight} 0.0" in known())
 
 
 # --- failures -----------------------------------------------------------------------
@@ -362,16 +367,17 @@ def test_a_long_reason_is_told() -> None:
     given = Assignment(theirs, Board(), 0, Ports([], []), False, ())
     said = bytearray()
 
-    def read() -> None:
-        while data := ours.recv(10_000):
-            said.extend(data)
-
-    with ours:
-        thread = threading.Thread(target=read)
-        thread.start()
+    def fail() -> None:
         with theirs:
             given.fail("y" * 1_000_000)
-        thread.join()
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join(0.2)  # it is to wait until somebody reads
+    with ours:
+        while data := ours.recv(10_000):
+            said.extend(data)
+    thread.join()
     message = json.loads(said[filled:])
     assert message == {"kind": "failed", "reason": "y" * LONGEST}
 
