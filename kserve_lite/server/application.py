@@ -6,6 +6,8 @@ What listens (`lifecycle.Server`), an ASGI server (`asgi.py`) and tests without 
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import logging
 import traceback
 from collections.abc import Callable, Container
@@ -82,12 +84,13 @@ class Application:
             self.dataplane.stages.span = self._tracing.stage
         self._access = AccessLog(settings.server)
         count = RequestCounts(self.sheet, self._is_known).count
-        # Who is told when a request is over: spans end before lines are written.
+        # Who is told of requests that are over, and those of whom nobody was told yet.
         self._told: list[tuple[str, Callable[[Record], None]]] = [("counting", count)]
-        if self._tracing is not None:
-            self._told.append(("tracing", self._tracing.end))
         if settings.server.access_log:
             self._told.append(("logging", self._access.write))
+        self._over: list[Record] = []
+        # What is done for several requests has the context of none.
+        self._nobodys = contextvars.Context()
         # Made when they are entered: this may be built outside an event loop.
         self._loading: anyio.CancelScope | None = None
         self._unloading: anyio.CancelScope | None = None
@@ -126,12 +129,29 @@ class Application:
         return traced
 
     def ended(self, record: Record) -> None:
-        """Count and log a request that is over; raises nothing."""
+        """Count and log a request that is over; raises nothing.
+
+        Its span ends now; the rest comes in the next turn of the event loop, for all
+        that have ended in this one: one by one, between other work, it takes longer.
+        """
         record.took = perf_counter_ns() - record.started
+        if self._tracing is not None:
+            try:
+                self._tracing.end(record)
+            except Exception as error:  # noqa: BLE001 - span processors may be anybody's
+                failed("the tracing of a request failed", error)
+        self._over.append(record)
+        if len(self._over) == 1:
+            loop = asyncio.get_running_loop()
+            loop.call_soon(self._settle, context=self._nobodys)
+
+    def _settle(self) -> None:
+        over, self._over = self._over, []
         for kind, told in self._told:
             try:
-                told(record)
-            except Exception as error:  # noqa: BLE001 - span processors may be anybody's
+                for record in over:
+                    told(record)
+            except Exception as error:  # noqa: BLE001 - log handlers may be anybody's
                 failed(f"the {kind} of a request failed", error)
 
     def _is_known(self, name: str) -> bool:
@@ -205,6 +225,7 @@ class Application:
                 await self.repository.unload(model)
         self._unloading = None
         self.dataplane.close()
+        self._settle()
         if self._tracing is not None:
             await anyio.to_thread.run_sync(self._tracing.close)
         self._access.close()
