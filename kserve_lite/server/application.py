@@ -33,13 +33,13 @@ from kserve_lite.rest.replies import Reply
 from kserve_lite.server.access import AccessLog
 from kserve_lite.server.metrics import Metrics
 from kserve_lite.server.settings import Settings
-from kserve_lite.server.tracing import make_tracing
 from kserve_lite.telling import failed
 from kserve_lite.transports.exchange import App, Rpc
 from kserve_lite.wire.events import Buffer, Request
 
 if TYPE_CHECKING:
     from kserve_lite.rpc.call import CallStream
+    from kserve_lite.server.tracing import Tracing
 
 log = logging.getLogger("kserve_lite")
 
@@ -77,9 +77,11 @@ class Application:
             self.repository,
             metrics=Metrics(self.board, publish=self.publish).render,
         )
-        self._tracing = make_tracing(
-            settings.server.enable_tracing, own_process=own_process
-        )
+        self._tracing: Tracing | None = None
+        if settings.server.enable_tracing:
+            from kserve_lite.server.tracing import make_tracing
+
+            self._tracing = make_tracing(own_process=own_process)
         if self._tracing is not None:
             self.dataplane.stages.span = self._tracing.stage
         self._access = AccessLog(settings.server)

@@ -27,7 +27,6 @@ from kserve_lite.server.lifecycle import Server
 from kserve_lite.server.logs import configure_logging
 from kserve_lite.server.settings import Settings, make_settings, parse_flags
 from kserve_lite.server.starting import STARTED_IN
-from kserve_lite.server.supervisor import supervise
 from kserve_lite.server.worker import Worker, assignment, unblock_signals
 
 log = logging.getLogger("kserve_lite")
@@ -112,6 +111,9 @@ def serve_process(
     given = assignment()
     if given is None and (settings.server.workers > 1 or settings.server.reload):
         configure_logging(settings.server)
+        # Here and not above: it takes 10 ms, which most processes can do without.
+        from kserve_lite.server.supervisor import supervise
+
         supervise(settings, *folders)
         return
     models = find()

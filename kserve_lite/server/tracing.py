@@ -18,7 +18,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from importlib.metadata import entry_points
 from threading import Thread
 from time import perf_counter_ns, time_ns
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -65,16 +64,14 @@ _METHODS = frozenset(
 )
 
 
-def make_tracing(enabled: bool, *, own_process: bool = False) -> Tracing | None:
-    """What makes the spans; None where tracing is not `enabled`.
+def make_tracing(*, own_process: bool = False) -> Tracing:
+    """What makes the spans.
 
     own_process: whether a provider made here is to be the one that
     `opentelemetry.trace.get_tracer()` of handlers and libraries uses. A program that
     embeds the server sets its own, or its handlers make no spans.
     Raises StartupError where the packages are missing or OTEL_* cannot be used.
     """
-    if not enabled:
-        return None
     try:
         from opentelemetry import trace
     except ImportError as error:
@@ -312,6 +309,8 @@ def _exporter(name: str) -> Any:
         general = os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
         protocol = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", general)
         known = "otlp_proto_grpc" if protocol == "grpc" else "otlp_proto_http"
+    from importlib.metadata import entry_points  # 20 ms
+
     found = entry_points(group="opentelemetry_traces_exporter", name=known)
     if not found and known == "otlp_proto_http":
         raise _missing(ImportError(name="opentelemetry-exporter-otlp-proto-http"))

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +271,9 @@ class Load:
 
 def memory_of(pid: int) -> set[int]:
     """The memory that a process shares with others, by inode."""
-    folder = Path(f"/proc/{pid}/fd")
-    found = [entry for entry in folder.iterdir() if "memfd:" in str(entry.readlink())]
-    return {entry.stat().st_ino for entry in found}
+    found = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            if "memfd:" in str(entry.readlink()):
+                found.add(entry.stat().st_ino)
+    return found

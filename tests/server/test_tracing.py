@@ -481,10 +481,6 @@ def test_a_processor_that_fails_hurts_no_request(
 # --- whose provider ------------------------------------------------------------------
 
 
-def test_off() -> None:
-    assert make_tracing(enabled=False) is None
-
-
 @pytest.mark.parametrize(
     "package", ["opentelemetry", "opentelemetry.sdk.trace", "opentelemetry.sdk"]
 )
@@ -494,7 +490,7 @@ def test_without_the_packages(monkeypatch: pytest.MonkeyPatch, package: str) -> 
         if name == package or name.startswith(f"{package}."):
             monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(StartupError, match=r"pip install kserve-lite\[otel\]"):
-        make_tracing(enabled=True)
+        make_tracing()
 
 
 @pytest.mark.parametrize(
@@ -511,13 +507,13 @@ def test_variables_that_cannot_be_used(
     monkeypatch.setattr(trace, "get_tracer_provider", trace.ProxyTracerProvider)
     monkeypatch.setenv(variable, value)
     with pytest.raises(StartupError, match=words):
-        make_tracing(enabled=True)
+        make_tracing()
 
 
 def test_a_disabled_sdk_leaves_the_ids_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace, "get_tracer_provider", trace.ProxyTracerProvider)
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
-    made = make_tracing(enabled=True)
+    made = make_tracing()
     assert made is not None
     record = record_of(traceparent=TRACEPARENT)
     contextvars.copy_context().run(made.begin, record)
@@ -705,7 +701,7 @@ def test_a_collector_that_never_answers_holds_no_stop_up(
     silent = Receiver(silent=True)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", silent.endpoint)
     try:
-        made = make_tracing(enabled=True)
+        made = make_tracing()
         assert made is not None
         record = record_of()
         contextvars.copy_context().run(made.begin, record)
