@@ -144,7 +144,7 @@ def _is_id(given: str) -> bool:
     return fits and given.isprintable() and " " not in given
 
 
-# Ids that are made and not used yet: one by one they take three times as long.
+# Ids that are made and not used yet: some at a time, from one reading of randomness.
 _fresh: list[Ids] = []
 # A process that is forked must not use those that its parent will.
 os.register_at_fork(after_in_child=_fresh.clear)

@@ -7,7 +7,6 @@ What listens (`lifecycle.Server`), an ASGI server (`asgi.py`) and tests without 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import traceback
 from collections.abc import Callable, Container
@@ -91,8 +90,6 @@ class Application:
         if settings.server.access_log:
             self._told.append(("logging", self._access.write))
         self._over: list[Record] = []
-        # What is done for several requests has the context of none.
-        self._nobodys = contextvars.Context()
         # Made when they are entered: this may be built outside an event loop.
         self._loading: anyio.CancelScope | None = None
         self._unloading: anyio.CancelScope | None = None
@@ -144,8 +141,7 @@ class Application:
                 failed("the tracing of a request failed", error)
         self._over.append(record)
         if len(self._over) == 1:
-            loop = asyncio.get_running_loop()
-            loop.call_soon(self._settle, context=self._nobodys)
+            asyncio.get_running_loop().call_soon(self._settle)
 
     def _settle(self) -> None:
         over, self._over = self._over, []

@@ -113,11 +113,7 @@ class AsyncClient:
         headers: Mapping[str, str] | None = None,
     ) -> Any:
         """V1's predict: a JSON body in, `{"instances": [...]}` say, its answer out."""
-        path = f"/v1/models/{self._name(model)}:predict"
-        answer = await self.request(
-            "POST", path, content=dumps(payload), headers=headers
-        )
-        return checked(answer).json()
+        return await self._v1("predict", payload, model, headers)
 
     async def explain(
         self,
@@ -127,7 +123,16 @@ class AsyncClient:
         headers: Mapping[str, str] | None = None,
     ) -> Any:
         """V1's explain."""
-        path = f"/v1/models/{self._name(model)}:explain"
+        return await self._v1("explain", payload, model, headers)
+
+    async def _v1(
+        self,
+        verb: str,
+        payload: Any,
+        model: str | None,
+        headers: Mapping[str, str] | None,
+    ) -> Any:
+        path = f"/v1/models/{self._name(model)}:{verb}"
         answer = await self.request(
             "POST", path, content=dumps(payload), headers=headers
         )
