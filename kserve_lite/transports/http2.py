@@ -104,7 +104,8 @@ class Http2(Connection):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._flush()
+        # Not now: asyncio's transport is amid a write, and ends twice if that closes it.
+        self._flush_soon()
 
     # --- what streams do -------------------------------------------------------------
 

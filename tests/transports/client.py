@@ -39,11 +39,14 @@ class Answer(NamedTuple):
 
 
 class Client:
-    """One connection. Use it as an async context manager."""
+    """One connection. Use it as an async context manager.
 
-    def __init__(self, port: int, *, receive_buffer: int = 0) -> None:
+    port: of the server, or a socket that is connected to it already.
+    """
+
+    def __init__(self, port: int | socket.socket, *, receive_buffer: int = 0) -> None:
         self._port = port
-        self._sock = socket.socket()
+        self._sock = port if isinstance(port, socket.socket) else socket.socket()
         self._sock.setblocking(False)
         if receive_buffer:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -51,6 +54,8 @@ class Client:
 
     async def __aenter__(self) -> Client:
         loop = asyncio.get_running_loop()
+        if self._sock is self._port:
+            return self
         try:
             await loop.sock_connect(self._sock, ("127.0.0.1", self._port))
         except BaseException:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import struct
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
@@ -79,7 +80,7 @@ class H2Client(Client):
 
     def __init__(
         self,
-        port: int,
+        port: int | socket.socket,
         *,
         receive_buffer: int = 0,
         window: int = WIDE,

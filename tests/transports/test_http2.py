@@ -5,6 +5,7 @@ and streams that share a connection and nothing else.
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -808,6 +809,30 @@ async def test_a_half_closed_client_of_a_large_answer_gets_all_of_it() -> None:
         answer = await client.answer(stream_id)
         assert (len(answer.body), answer.complete) == (5_000_000, True)
         await client.end()
+
+
+async def test_a_half_closed_client_may_take_the_last_bytes_all_at_once() -> None:
+    """asyncio tells that more may be written amid the write that was the last."""
+
+    async def large(payload: Any) -> bytes:
+        return bytes(payload["instances"][0])
+
+    async with serving(large) as server:
+        for size in range(300_000, 600_000, 50_000):
+            ours, theirs = socket.socketpair()
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
+            ours.setblocking(False)
+            theirs.setblocking(False)
+            await server._listener.connect(theirs)
+            async with H2Client(ours) as client:
+                connection = await http2_of(server)
+                stream_id = await client.predict(size)
+                client.half_close()
+                await until(lambda: connection.stalled)
+                answer = await client.answer(stream_id)
+                assert (len(answer.body), answer.complete) == (size, True)
+                await client.end()
+            await until(lambda: not server._listener._connections)
 
 
 async def test_a_handler_is_told_that_its_client_sends_no_more() -> None:
