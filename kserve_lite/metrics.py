@@ -209,23 +209,21 @@ class RequestCounts:
         # Where a kind's counter is, and its histogram of times; 0 where it has none.
         self._places: dict[tuple[str, str, str, int | str], tuple[int, int]] = {}
 
-    def count(self, record: Record) -> None:
-        """Count a request whose answer has been sent, or given up."""
-        kind = record.model, record.protocol, record.action, record.code
-        places = self._places.get(kind)
-        if places is None:
-            places = self._places_of(record)
-        counter, times = places
-        words = self._words
-        words[counter] += 1
-        if times:
-            # `Histogram.observe`, without the call: every request comes by here.
-            took = record.took
-            words[times + bisect_left(_FINE, took)] += 1
-            try:
-                words[times + _FINE_SUM] += took
-            except ValueError:  # beyond 64 bits, as there
-                words[times + _FINE_SUM] = 0
+    def count(self, *records: Record) -> None:
+        """Count requests whose answers have been sent, or given up."""
+        words, known = self._words, self._places
+        for record in records:
+            kind = record.model, record.protocol, record.action, record.code
+            counter, times = known.get(kind) or self._places_of(record)
+            words[counter] += 1
+            if times:
+                # `Histogram.observe`, without the call: every request comes by here.
+                took = record.took
+                words[times + bisect_left(_FINE, took)] += 1
+                try:
+                    words[times + _FINE_SUM] += took
+                except ValueError:  # beyond 64 bits, as there
+                    words[times + _FINE_SUM] = 0
 
     def _places_of(self, record: Record) -> tuple[int, int]:
         model = record.model if self._is_known(record.model) else ""

@@ -41,16 +41,17 @@ class Record:
     "generate", "grpc", or "http" for what is none of them. code: the HTTP status or the
     name of the gRPC status; empty until it is known; 499 (CANCELLED) where the client
     went first, or the server had to stop. sent: bytes of
-    the answer's body. took: nanoseconds until the answer had been sent.
+    the answer's body. took: nanoseconds until the answer had been sent. known_ids:
+    `ids`, once they have been asked for.
     """
 
     __slots__ = (
-        "_ids",
         "action",
         "code",
         "headers",
         "http",
         "is_gone",
+        "known_ids",
         "method",
         "model",
         "peer",
@@ -81,7 +82,7 @@ class Record:
         self.protocol = "http"
         self.code: int | str = ""
         self.sent = self.took = 0
-        self._ids: Ids | None = None
+        self.known_ids: Ids | None = None
 
     @property
     def request_id(self) -> str:
@@ -104,12 +105,12 @@ class Record:
 
     @trace.setter
     def trace(self, trace: tuple[str, str, str]) -> None:
-        self._ids = self.ids[0], "-".join(("00", *trace)).encode("ascii")
+        self.known_ids = self.ids[0], "-".join(("00", *trace)).encode("ascii")
 
     @property
     def ids(self) -> Ids:
         """The request's id, and `traceparent`, as the client is told."""
-        ids = self._ids
+        ids = self.known_ids
         if ids is None:
             try:
                 ids = _fresh.pop()
@@ -118,7 +119,7 @@ class Record:
             headers = self.headers
             if "x-request-id" in headers or "traceparent" in headers:
                 ids = _given(headers, *ids)
-            self._ids = ids
+            self.known_ids = ids
         return ids
 
     @property

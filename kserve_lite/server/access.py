@@ -26,7 +26,7 @@ import sys
 from collections.abc import Callable
 from functools import lru_cache
 from time import localtime, perf_counter_ns, strftime, time_ns
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeAlias, TypeVar
 
 from kserve_lite.records import Record
 from kserve_lite.rest.routes import origin_form
@@ -46,6 +46,11 @@ from kserve_lite.server.settings import ServerSettings
 from kserve_lite.telling import tell
 
 log = logging.getLogger("kserve_lite.access")
+
+K = TypeVar("K")
+V = TypeVar("V")
+# What the words of a line are made of.
+_Known: TypeAlias = tuple[str | int, ...]
 
 # Bytes, as they are escaped; in JSON it may be twice as many.
 MAX_PATH = 1024
@@ -87,25 +92,26 @@ class AccessLog:
         self._pending: list[Record] = []
         if self._on and _only_ours_listens():
             self._lines = Lines(stream)
-        self._format: Callable[[Record, int], bytes] = (
-            _Json().line
+        self._format: Callable[[list[Record], int], bytes] = (
+            _Json().lines
             if settings.log_format == "json"
-            else _Text(has_colours(stream)).line
+            else _Text(has_colours(stream)).lines
         )
         self._told = _Text(colours=False).told
 
-    def write(self, record: Record) -> None:
-        """Have the line of a request written; on the event loop, without waiting.
+    def write(self, *records: Record) -> None:
+        """Have the lines of requests written; on the event loop, without waiting.
 
         Lines are made some at a time: one by one, between other work, they take twice
         as long.
         """
         pending = self._pending
-        pending.append(record)
+        is_first = not pending
+        pending += records
         # Lines of several requests belong to the context, and the span, of none.
         if len(pending) >= TOGETHER:
             contextvars.Context().run(self._settle)
-        elif len(pending) == 1:
+        elif is_first:
             context = contextvars.Context()
             try:
                 loop = asyncio.get_running_loop()
@@ -123,8 +129,7 @@ class AccessLog:
         if lines is not None and not log.handlers:
             if not lines.dead:
                 # From the clock of records to the world's.
-                since = (time_ns() - perf_counter_ns()) // 1_000_000
-                lines.add(b"".join([self._format(record, since) for record in pending]))
+                lines.add(self._format(pending, time_ns() - perf_counter_ns()))
         elif log.hasHandlers():
             for record in pending:
                 tell(log, self._told(record), _fields(record))
@@ -153,41 +158,82 @@ def _only_ours_listens() -> bool:
 
 
 class _Text:
+    """Lines of pieces that are known: to format one takes three times as long.
+
+    Bytes, as the ids are. What is remembered is forgotten when there is too much of it.
+    """
+
     def __init__(self, colours: bool) -> None:
         self._code = _coloured_code if colours else _plain_code
-        self._second = 0
-        # Bytes, as the ids are; an f-string takes longer, for numbers with a format.
-        self._template = b""
+        # The second that stamps are of, by the clock of records, and its beginning.
+        self._begun = 0
+        self._stamp = b""
+        process = f" {os.getpid()} {log.name} "
+        self._moments = [f"{ms:03d}{process}".encode() for ms in range(1000)]
+        self._words: dict[_Known, tuple[bytes, bytes]] = {}
+        self._numbers: dict[int, bytes] = {}
+        self._times: dict[int, bytes] = {}
 
-    def line(self, record: Record, since: int) -> bytes:
-        ended = since + (record.started + record.took) // 1_000_000
-        second, millisecond = divmod(ended, 1000)
-        if second != self._second:
-            self._second = second
-            self._template = (
-                f"{strftime('%Y-%m-%d %H:%M:%S', localtime(second))}.%03d {os.getpid()}"
-                f" {log.name} %b %b %d %.2fms %b id=%b trace=%b\n"
-            ).encode()
-        method, target = record.method, record.target
-        peer, model = record.peer, record.model
-        is_short = len(target) + len(method) + len(model) + len(peer) <= SHORT
-        known = _known_words if is_short else _words
-        before, after = known(peer, method, target, record.http, record.protocol, model)
-        request_id, traceparent = record.ids
-        return self._template % (
-            millisecond,
-            before,
-            self._code(record.code),
-            record.sent,
-            record.took / 1e6,
-            after,
-            request_id,
-            traceparent[3:35],
-        )
+    def lines(self, records: list[Record], since: int) -> bytes:
+        begun, stamp, moments = self._begun, self._stamp, self._moments
+        words, numbers, times = self._words, self._numbers, self._times
+        pieces: list[bytes] = []
+        for record in records:
+            took, sent = record.took, record.sent
+            # Small numbers from here on: dividing large ones takes long.
+            passed = record.started + took - begun
+            if not 0 <= passed < 1_000_000_000:
+                begun, stamp = self._begin(record, since)
+                passed = record.started + took - begun
+            hundredths = (took + 5_000) // 10_000
+            request_id, traceparent = record.known_ids or record.ids
+            known = (
+                record.target,
+                record.model,
+                record.protocol,
+                record.code,
+                record.peer,
+                record.method,
+                record.http,
+            )
+            before, after = words.get(known) or self._describe(record, known)
+            pieces += (
+                stamp,
+                moments[passed // 1_000_000],
+                before,
+                numbers.get(sent) or _remember(numbers, sent, b"%d " % sent),
+                times.get(hundredths)
+                or _remember(times, hundredths, b"%d.%02d" % divmod(hundredths, 100)),
+                after,
+                request_id,
+                b" trace=",
+                traceparent[_TRACE_ID],
+                b"\n",
+            )
+        return b"".join(pieces)
+
+    def _begin(self, record: Record, since: int) -> tuple[int, bytes]:
+        """Begin the second in which a record ended."""
+        second = (since + record.started + record.took) // 1_000_000_000
+        self._begun = second * 1_000_000_000 - since
+        stamp = strftime("%Y-%m-%d %H:%M:%S.", localtime(second))
+        self._stamp = stamp.encode()
+        return self._begun, self._stamp
+
+    def _describe(self, record: Record, known: _Known) -> tuple[bytes, bytes]:
+        """What a line says before the size of the answer, and after its time."""
+        path = visible(_path(record.target), MAX_PATH)
+        request = f"{visible(record.method, MAX_WORD)} {path} HTTP/{record.http}"
+        before = f'{_word(record.peer)} "{request}" {self._code(record.code)} '
+        after = f"ms {record.protocol} {_word(record.model)} id="
+        words = _encoded(before), _encoded(after)
+        if len(record.target) + len(record.model) + len(record.method) <= SHORT:
+            _remember(self._words, known, words)
+        return words
 
     def told(self, record: Record) -> str:
         """What the line says after the name of the logger."""
-        line = self.line(record, 0).decode()
+        line = self.lines([record], 0).decode()
         return line.partition(f" {log.name} ")[2].rstrip("\n")
 
 
@@ -196,8 +242,11 @@ class _Json:
         self._second = 0
         self._template = ""
 
-    def line(self, record: Record, since: int) -> bytes:
-        ended = since + (record.started + record.took) // 1_000_000
+    def lines(self, records: list[Record], since: int) -> bytes:
+        return b"".join([self._line(record, since) for record in records])
+
+    def _line(self, record: Record, since: int) -> bytes:
+        ended = (since + record.started + record.took) // 1_000_000
         second, millisecond = divmod(ended, 1000)
         if second != self._second:
             self._second = second
@@ -234,7 +283,7 @@ class _Json:
             trace,
             span,
         )
-        return line.encode(errors="backslashreplace")
+        return _encoded(line)
 
 
 def _fields(record: Record) -> dict[str, Any]:
@@ -268,6 +317,23 @@ def _statuses(code: int | str) -> tuple[int | None, str | None]:
     return (200, code) if code else (None, None)
 
 
+_TRACE_ID = slice(3, 35)  # of a traceparent
+# What is remembered of each kind.
+MOST = 1024
+
+
+def _remember(memory: dict[K, V], key: K, value: V) -> V:
+    """Remember what a key stands for; what came before is forgotten at times."""
+    if len(memory) >= MOST:
+        memory.clear()
+    memory[key] = value
+    return value
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode(errors="backslashreplace")
+
+
 # What peers choose is remembered only if it is short, and not for ever.
 @lru_cache(maxsize=64)
 def _json_code(code: int | str) -> str:
@@ -276,20 +342,18 @@ def _json_code(code: int | str) -> str:
     return text if grpc_status is None else f'{text},"grpc_status":"{grpc_status}"'
 
 
-@lru_cache(maxsize=64)
-def _plain_code(code: int | str) -> bytes:
-    return str(code or "-").encode()
+def _plain_code(code: int | str) -> str:
+    return str(code or "-")
 
 
-@lru_cache(maxsize=64)
-def _coloured_code(code: int | str) -> bytes:
+def _coloured_code(code: int | str) -> str:
     if isinstance(code, int):
         colour = (GREEN, GREEN, GREEN, CYAN, YELLOW, RED)[min(code // 100, 5)]
     elif code == "OK":
         colour = GREEN
     else:
         colour = RED if code in ("INTERNAL", "UNAVAILABLE", "UNKNOWN") else YELLOW
-    return coloured(str(code or "-"), colour).encode()
+    return coloured(str(code or "-"), colour)
 
 
 # Characters of what is looked up together.
@@ -305,18 +369,6 @@ def _json_word(text: str) -> str:
     return quoted(text, MAX_WORD)
 
 
-def _words(  # noqa: PLR0917 - by position, as `lru_cache` wants them
-    peer: str, method: str, target: str, http: str, protocol: str, model: str
-) -> tuple[bytes, bytes]:
-    """What a line says of a request before its outcome, and after it."""
-    path = visible(_path(target), MAX_PATH)
-    request = f"{visible(method, MAX_WORD)} {path} HTTP/{http}"
-    before, after = f'{_word(peer)} "{request}"', f"{protocol} {_word(model)}"
-    return before.encode(errors="backslashreplace"), after.encode(
-        errors="backslashreplace"
-    )
-
-
 def _json_request(method: str, target: str, http: str) -> tuple[str, str]:
     """The beginning of the message, and the fields; both of them JSON."""
     path = _path(target)
@@ -328,7 +380,6 @@ def _json_request(method: str, target: str, http: str) -> tuple[str, str]:
 
 
 _known_json = lru_cache(maxsize=1024)(_json_word)
-_known_words = lru_cache(maxsize=1024)(_words)
 _known_json_request = lru_cache(maxsize=1024)(_json_request)
 
 

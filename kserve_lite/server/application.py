@@ -86,7 +86,7 @@ class Application:
         self._access = AccessLog(settings.server)
         count = RequestCounts(self.sheet, self._is_known).count
         # Who is told of requests that are over, and those of whom nobody was told yet.
-        self._told: list[tuple[str, Callable[[Record], None]]] = [("counting", count)]
+        self._told: list[tuple[str, Callable[..., None]]] = [("counting", count)]
         if settings.server.access_log:
             self._told.append(("logging", self._access.write))
         self._over: list[Record] = []
@@ -147,8 +147,7 @@ class Application:
         over, self._over = self._over, []
         for kind, told in self._told:
             try:
-                for record in over:
-                    told(record)
+                told(*over)
             except Exception as error:  # noqa: BLE001 - log handlers may be anybody's
                 failed(f"the {kind} of a request failed", error)
 

@@ -104,7 +104,7 @@ class Http2(Connection):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        # Not now: asyncio's transport is amid a write, and ends twice if that closes it.
+        # Not now: asyncio is amid a write, and ends twice if that closes the transport.
         self._flush_soon()
 
     # --- what streams do -------------------------------------------------------------
