@@ -14,7 +14,7 @@ import anyio
 import pytest
 from hyperframe.frame import GoAwayFrame, HeadersFrame
 
-from kserve_lite import InferResponse, Model
+from kserve_lite import InferResponse, Model, Server
 from kserve_lite.transports.http1 import Http1
 from kserve_lite.transports.http2 import Http2
 from kserve_lite.transports.newcomer import Newcomer
@@ -817,22 +817,25 @@ async def test_a_half_closed_client_may_take_the_last_bytes_all_at_once() -> Non
     async def large(payload: Any) -> bytes:
         return bytes(payload["instances"][0])
 
+    async def take(server: Server, size: int) -> None:
+        ours, theirs = socket.socketpair()
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        await server._listener.connect(theirs)
+        async with H2Client(ours) as client:
+            connection = await http2_of(server)
+            stream_id = await client.predict(size)
+            client.half_close()
+            await until(lambda: connection.stalled)
+            answer = await client.answer(stream_id)
+            assert (len(answer.body), answer.complete) == (size, True)
+            await client.end()
+        await until(lambda: not server._listener._connections)
+
     async with serving(large) as server:
         for size in range(300_000, 600_000, 50_000):
-            ours, theirs = socket.socketpair()
-            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
-            ours.setblocking(False)
-            theirs.setblocking(False)
-            await server._listener.connect(theirs)
-            async with H2Client(ours) as client:
-                connection = await http2_of(server)
-                stream_id = await client.predict(size)
-                client.half_close()
-                await until(lambda: connection.stalled)
-                answer = await client.answer(stream_id)
-                assert (len(answer.body), answer.complete) == (size, True)
-                await client.end()
-            await until(lambda: not server._listener._connections)
+            await take(server, size)
 
 
 async def test_a_handler_is_told_that_its_client_sends_no_more() -> None:
