@@ -1,7 +1,11 @@
-"""The command `kserve-lite run module:name [...]`."""
+"""The commands `kserve-lite run` and `kserve-lite manifest module:name [...]`.
+
+Here the user's modules are imported, and what keeps that from working is one line.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -12,7 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from kserve_lite.deployment import parse, usage
 from kserve_lite.errors import KServeLiteError, SettingsError, StartupError
+from kserve_lite.manifest import manifests, to_yaml
 from kserve_lite.model import Model
 from kserve_lite.server import run as running
 from kserve_lite.server.settings import make_settings, parse_flags
@@ -20,13 +26,17 @@ from kserve_lite.version import __version__
 
 USAGE = """\
 usage: kserve-lite run module[:name] [...] [--http_port 8080] [...]
+       kserve-lite manifest module[:name] [...] --image IMAGE [...]
 
-Serves the model `name` of a module, or every Model in it. The module is imported from
-the current folder; a path to a .py file will do too.
+run serves the model `name` of a module, or every Model in it. The module is imported
+from the current folder; a path to a .py file will do too. manifest prints what KServe
+wants to serve the same: an InferenceService, for kubectl.
 
   kserve-lite run app:model
   kserve-lite run app:a app:b --http_port 9000
   kserve-lite run --help      every flag
+  kserve-lite manifest app:model --image registry/app:1 | kubectl apply -f -
+  kserve-lite manifest --help
 """
 
 
@@ -38,15 +48,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(USAGE, end="")
         elif arguments[0] == "--version":
             print(__version__)
-        elif arguments[0] == "run":
-            _run(arguments[1:])
+        elif arguments[0] in COMMANDS:
+            COMMANDS[arguments[0]](arguments[1:])
         else:
-            raise SettingsError(
-                f"there is no command {arguments[0]!r}; the command is: kserve-lite "
-                "run module:name"
-            )
+            raise _unknown_command(arguments)
     except KServeLiteError as error:
         running.fail(error)
+
+
+def _unknown_command(arguments: Sequence[str]) -> SettingsError:
+    given = arguments[0]
+    close = difflib.get_close_matches(given, COMMANDS, n=1)
+    if close:
+        hint = f"did you mean {close[0]}?"
+    elif not given.startswith("-") and (":" in given or given.endswith(".py")):
+        hint = f"did you mean kserve-lite run {given}?"
+    else:
+        hint = "they are run and manifest: kserve-lite run module:name"
+    return SettingsError(f"there is no command {given!r}; {hint}")
 
 
 def _run(arguments: Sequence[str]) -> None:
@@ -58,14 +77,32 @@ def _run(arguments: Sequence[str]) -> None:
     )
     settings = make_settings(environment=os.environ, flags=flags)
     targets = positionals["name"]
-
-    def find() -> tuple[Model, ...]:
-        models = {id(model): model for name in targets for model in find_models(name)}
-        return tuple(models.values())
-
     files = [Path(target.partition(":")[0]) for target in targets]
     folders = {file.parent if file.suffix == ".py" else Path() for file in files}
-    running.serve_process(find, settings, *(folder.resolve() for folder in folders))
+    running.serve_process(
+        lambda: _find_all(targets), settings, *(folder.resolve() for folder in folders)
+    )
+
+
+def _manifest(arguments: Sequence[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        print(usage(), end="")
+        return
+    targets, deployment, flags = parse(arguments)
+    front = [deployment.transformer] if deployment.transformer else []
+    # What a module prints while it is imported would be in the midst of the YAML.
+    with contextlib.redirect_stdout(sys.stderr):
+        models, transformers = _find_all(targets), _find_all(front)
+    objects = manifests(targets, models, transformers, deployment, flags=flags)
+    print(to_yaml(objects), end="")
+
+
+COMMANDS = {"run": _run, "manifest": _manifest}
+
+
+def _find_all(targets: Sequence[str]) -> tuple[Model, ...]:
+    models = {id(model): model for name in targets for model in find_models(name)}
+    return tuple(models.values())
 
 
 def find_models(target: str) -> list[Model]:

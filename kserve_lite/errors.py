@@ -144,6 +144,17 @@ class ModelFailed(InferenceFault):
         self.exposed = exposed
 
 
+class PredictorFault(InferenceFault):
+    """Another server, which was to answer, refused or could not be reached.
+
+    kind: what its answer said.
+    """
+
+    def __init__(self, kind: Kind, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
 class ModelDefinitionError(KServeLiteError, TypeError):
     """A model was defined in a way that cannot work; raised where it is defined."""
 

@@ -39,6 +39,8 @@ class InferRequest:
 
     id: the client's own id; None where it gave none.
     outputs: what the client asks for, in order; empty: every output.
+    document: the JSON that it was read from; None where it did not come as JSON.
+    raw: whether its tensors came as gRPC's `raw_input_contents`.
     """
 
     model_name: str
@@ -47,6 +49,10 @@ class InferRequest:
     model_version: str | None = None
     parameters: Parameters = field(default_factory=dict)
     outputs: tuple[RequestedOutput, ...] = ()
+    document: bytes | bytearray | memoryview | None = field(
+        default=None, repr=False, compare=False
+    )
+    raw: bool = field(default=False, repr=False, compare=False)
 
     @property
     def names(self) -> tuple[str, ...]:

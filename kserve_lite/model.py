@@ -9,8 +9,8 @@ Nothing here runs a handler: that is `dispatch/`.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict, TypeVar, Unpack, overload
 
@@ -58,6 +58,27 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """How a model runs as replicas on Ray Serve, in processes of their own.
+
+    replicas: how many, or Ray Serve's autoscaling_config.
+    options: Ray's ray_actor_options of each: num_cpus, num_gpus (fractions, too),
+        resources, runtime_env and so on.
+    idempotent: whether a request may be sent again when its replica died amid it.
+    name: of the deployment; default: the model's.
+    make: makes the model in a replica; default: a copy of the model.
+    streams: predict's answers go item by item, although its handlers do not show it.
+    """
+
+    replicas: int | Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    idempotent: bool = False
+    name: str = ""
+    make: Callable[[], Model] | None = None
+    streams: bool = False
+
+
 class Handlers(TypedDict, total=False):
     """The handlers, as `Model(...)` takes them: each the same as its decorator."""
 
@@ -84,6 +105,12 @@ class Model:
     example: a V1 or V2 request body that works, for the API's description.
     max_concurrency: how many calls of its request handlers may run at the same time: 1
         for a model that is not thread-safe. None: as many as come, and of batches one.
+    replicas: run so many copies on Ray Serve, each in a process of its own, or as many
+        as Ray's autoscaling_config says, a dict; needs the extra [ray]. None: the model
+        runs in the process of the server.
+    resources: what a replica needs, as Ray's ray_actor_options: {"num_cpus": 1,
+        "num_gpus": 0.5}.
+    idempotent: a request may run twice: it is sent to another replica if its own died.
     **handlers: functions by stage, the same as decorating them.
 
     Requests run preprocess, predict (or explain), postprocess; only predict is needed.
@@ -106,6 +133,9 @@ class Model:
         outputs: Sequence[TensorSpec] | None = None,
         example: dict[str, Any] | None = None,
         max_concurrency: int | None = None,
+        replicas: int | Mapping[str, Any] | None = None,
+        resources: Mapping[str, Any] | None = None,
+        idempotent: bool = False,
         **handlers: Unpack[Handlers],
     ) -> None:
         if not name or "/" in name:
@@ -119,6 +149,7 @@ class Model:
         self.phase = Phase.DEFINED
         self._handlers: dict[Stage, Handler] = {}
         self.is_checked = False  # it has a ready handler
+        self.any_json = False  # V1's `instances` need be no list
         self.uses_threads = False  # a handler of requests is a `def`
         self._plans: dict[Stage, Plan] = {}
         whose = f"Model({name!r})"
@@ -149,6 +180,15 @@ class Model:
                 f"{max_concurrency!r}."
             )
         self.max_concurrency = max_concurrency
+        self.deployment: Deployment | None = None
+        if replicas is not None:
+            check_replicas(replicas, whose)
+            self.deployment = Deployment(replicas, resources or {}, idempotent)
+        elif resources is not None or idempotent:
+            raise ModelDefinitionError(
+                f"{whose} has resources or idempotent, which are of replicas: give "
+                "replicas=1 or more, too."
+            )
         self._state: Any = None
         given: dict[str, Any] = dict(handlers)
         for stage_name, function in given.items():
@@ -232,6 +272,10 @@ class Model:
     def handler(self, stage: Stage) -> Handler | None:
         return self._handlers.get(stage)
 
+    def amend(self, stage: Stage, function: Function) -> None:
+        """Put another function in a handler's place, to be called as that is."""
+        self._handlers[stage] = replace(self._handlers[stage], function=function)
+
     def plan(self, verb: Stage) -> Plan:
         """The handlers that a request runs through; `verb` is PREDICT or EXPLAIN.
 
@@ -270,6 +314,17 @@ class Model:
         plan = self.plan(Stage.PREDICT)
         return plan[-1].outputs if plan else ()
 
+    def with_handlers(self, handlers: Mapping[Stage, Handler]) -> Model:
+        """A model of the same name, inputs and outputs, whose work is done elsewhere.
+
+        It declares what this one does, and checks nothing.
+        """
+        other = Model(self.name, version=self.version, example=self.example)
+        other._handlers = dict(handlers)
+        other._outputs = self.outputs or None
+        other.is_checked = Stage.READY in handlers
+        return other
+
     def freeze(self) -> None:
         """End the definition: from here on a registration is an error.
 
@@ -278,7 +333,8 @@ class Model:
         if Stage.PREDICT not in self._handlers:
             raise ModelDefinitionError(
                 f"Model {self.name!r} has no predict handler, so it cannot answer: "
-                "decorate a function with @model.predict."
+                "decorate a function with @model.predict, or have another server "
+                "predict, --predictor_host."
             )
         if self.phase not in (Phase.DEFINED, Phase.UNLOADED):
             raise ModelDefinitionError(
@@ -341,6 +397,19 @@ class Model:
     def __repr__(self) -> str:
         version = f", version={self.version!r}" if self.version else ""
         return f"Model({self.name!r}{version})"
+
+
+def check_replicas(replicas: int | Mapping[str, Any], whose: str) -> None:
+    """Raise ModelDefinitionError for a number that cannot be."""
+    if isinstance(replicas, int):
+        is_good = type(replicas) is int and replicas >= 1  # and not True
+    else:
+        is_good = isinstance(replicas, Mapping)
+    if not is_good:
+        raise ModelDefinitionError(
+            f"replicas of {whose} is a whole number from 1 up, or Ray Serve's "
+            f"autoscaling_config as a dict, got {replicas!r}."
+        )
 
 
 def _declared(whose: str, given: Sequence[TensorSpec] | None) -> tuple[TensorSpec, ...]:

@@ -26,6 +26,22 @@ class Registry:
         versions[model.version] = model
         self._newest[model.name] = versions[max(versions, key=_age)]
 
+    def replace(self, model: Model) -> Model | None:
+        """Add a model; return the one of its name and version, whose place it takes."""
+        versions = self._models.get(model.name, {})
+        before = versions.pop(model.version, None)
+        self.add(model)
+        return before
+
+    def remove(self, model: Model) -> None:
+        """Take a model away that is here."""
+        versions = self._models[model.name]
+        del versions[model.version]
+        if versions:
+            self._newest[model.name] = versions[max(versions, key=_age)]
+        else:
+            del self._models[model.name], self._newest[model.name]
+
     def get(self, name: str, version: str | None = None) -> Model:
         """Return the model; without a version the newest one of that name.
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import anyio
 import h11
@@ -38,7 +38,7 @@ class ServerThread:
     def url(self) -> str:
         return self.server.url
 
-    def __enter__(self) -> ServerThread:
+    def __enter__(self) -> Self:
         self._thread.start()
         self._started.wait()
         if self._failure is not None:
@@ -49,6 +49,9 @@ class ServerThread:
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self.server.stop)
         self._thread.join()
+
+    def make(self) -> Server:
+        return serve(*self._models, **self._settings)
 
     def _run(self) -> None:
         try:
@@ -62,7 +65,7 @@ class ServerThread:
         import asyncio
 
         self._loop = asyncio.get_running_loop()
-        self.server = serve(*self._models, **self._settings)
+        self.server = self.make()
         async with self.server:
             self._started.set()
             await self.server.wait_stopped()

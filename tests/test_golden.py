@@ -1,59 +1,30 @@
 """Replays the recorded requests of KServe's clients: we must answer as `want` says.
 
-`tests/golden/rest.jsonl` is a copy of the contract's file. Records are sent in their
-order, over a raw socket, to one server that serves `tests/golden/models.py`. `LATER`
-names those that later steps turn on; whatever is not in it must hold now.
+To one server that serves `tests/golden/models.py`; `tests/golden/replay.py` says how
+they are sent and compared. `ELSEWHERE` is what only KServe's own classes can answer:
+tests/compat/test_golden_compat.py replays all records, these included, to them.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.golden import replay
 from tests.golden.models import MODELS
-from tests.support import RawAnswer, ServerThread, exchange
+from tests.support import ServerThread
 
-RECORDS = [
-    json.loads(line)
-    for line in (Path(__file__).parent / "golden" / "rest.jsonl")
-    .read_text()
-    .splitlines()
-]
-
-COMPAT = "needs kserve_lite.compat: it shows KServe's own objects or stages"
-FORWARDS = "needs transformers and explainers, which forward"
-CLOUDEVENTS = "needs CloudEvents"
-LATER: dict[str, str] = {
-    "v1_explain_default": FORWARDS,
-    "v1_predict_default_no_predictor": FORWARDS,
-    "v2_hdr_default_model": FORWARDS,
-    "v1_order_explain": COMPAT,
-    "v2_params_ok": COMPAT,
+# They show KServe's own objects and stages, or what its default handlers answer.
+ELSEWHERE = {
+    "v1_explain_default",
+    "v1_order_explain",
+    "v1_predict_default_no_predictor",
+    "v2_hdr_default_model",
+    "v2_params_ok",
 }
-PREFIXES = {
-    "ce_": CLOUDEVENTS,
-}
-# Answered now exactly as they must be with those extensions.
-HOLD_NOW = {"ce_structured_bad_json"}
-
-# Where a record's `want` and its own reason, or the protocol, say different things:
-# * The body `a=b` is not JSON, so "the body is JSON whatever the content type says"
-#   makes it malformed: 400, where its `want` says 200.
-# * "Bytes that are not UTF-8 cannot be JSON": the request asks for binary output, in
-#   which BYTES holds any bytes, so nothing has to be JSON: 200, where it says 400.
-DEPARTURES = {"v2_ct_form": 400, "v2_bin_in_BYTES_nonutf8": 200}
-
-
-def later(name: str) -> str | None:
-    if name in HOLD_NOW:
-        return None
-    by_prefix = next((why for p, why in PREFIXES.items() if name.startswith(p)), None)
-    return LATER.get(name) or by_prefix
+RECORDS = [r for r in replay.RECORDS if r["name"] not in ELSEWHERE]
 
 
 @pytest.fixture(scope="module")
@@ -62,131 +33,24 @@ def server() -> Iterator[ServerThread]:
         yield running
 
 
-def body_of(record: dict[str, Any], field: str) -> bytes:
-    text = record[field]
-    if text is None:
-        return b""
-    if text.startswith("base64:"):
-        return base64.b64decode(text.removeprefix("base64:"))
-    return str(text).encode()
-
-
-def request_bytes(record: dict[str, Any]) -> bytes:
-    headers = dict(record["request_headers"])
-    body = body_of(record, "request_body")
-    if headers.get("transfer-encoding") == "chunked":
-        body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
-    head = [f"{record['method']} {record['path']} HTTP/1.1"]
-    head += [f"{name}: {value}" for name, value in headers.items()]
-    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
-
-
-def without_nulls(value: object) -> object:
-    if isinstance(value, dict):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list):
-        return [without_nulls(element) for element in value]
-    return value
-
-
-def generated_id(record: dict[str, Any]) -> bool:
-    """KServe answered with an id that it made, which ours cannot equal."""
-    return "uuid" in record["name"] and '"id"' not in (record["request_body"] or "")
-
-
-def values_of(body: bytes, headers: dict[str, str]) -> tuple[object, bytes]:
-    """A body's JSON, and the bytes of the tensors where those are binary."""
-    size = int(headers.get("inference-header-content-length", len(body)))
-    return without_nulls(json.loads(body[:size])), body[size:]
-
-
-def same(record: dict[str, Any], answer: RawAnswer) -> None:
-    theirs = body_of(record, "response_body")
-    try:
-        expected, their_tensors = values_of(theirs, dict(record["response_headers"]))
-    except ValueError:
-        assert answer.body == theirs
-        return
-    got, tensors = values_of(answer.body, answer.headers)
-    if generated_id(record):
-        assert isinstance(expected, dict)
-        assert isinstance(got, dict)
-        assert got.pop("id")
-        expected.pop("id")
-    assert got == expected
-    assert tensors == their_tensors
-
-
-def type_of(record: dict[str, Any]) -> str | None:
-    """KServe's content type; for binary tensors, where it has none, what they are."""
-    headers = dict(record["response_headers"])
-    binary = "inference-header-content-length" in headers
-    return "application/octet-stream" if binary else headers.get("content-type")
-
-
 @pytest.mark.parametrize("record", RECORDS, ids=[r["name"] for r in RECORDS])
 def test_record(record: dict[str, Any], server: ServerThread) -> None:
-    why = later(record["name"])
-    if why:
-        pytest.skip(why)
-    want = record["want"]
-    answer = exchange(server.port, request_bytes(record), record["method"])
-    if record["name"] in DEPARTURES:
-        assert answer.status == DEPARTURES[record["name"]], answer.body
-        return
-    assert answer.status == want["status"], answer.body
-    assert not ("content-length" in answer.headers and answer.chunked)
-    if record["method"] == "HEAD":
-        assert answer.body == b""
-        assert int(answer.headers["content-length"]) > 0
-    elif want["body"] == "same":
-        same(record, answer)
-        if want["status"] == 200:
-            assert answer.headers.get("content-type") == type_of(record)
-    if want["body"] == "error":
-        error = json.loads(answer.body)
-        assert list(error) == ["error"]
-        assert isinstance(error["error"], str)
-        assert "secret" not in error["error"]
-        assert answer.headers["content-type"] == "application/json"
+    replay.check(record, server.port)
 
 
-@pytest.mark.parametrize(
-    ("name", "holds"),
-    [
-        ("v1_models", lambda body: body["models"][0] == "echo"),
-        ("v1_ret_asyncgendict", lambda body: body == {"a": 1}),
-        ("v2_no_ct", lambda body: len(body["outputs"]) == 2),
-        ("v2_params_null", lambda body: body["id"] == "1"),
-        ("v2_ret_noneid", lambda body: body["id"] == "1"),
-        ("v2_ret_intid", lambda body: body["id"] == "1"),
-        ("v2_ret_bf16", lambda body: body["outputs"][0]["data"] == [1.0]),
-        ("v2_ret_fp16", lambda body: body["outputs"][0]["data"] == [1.5]),
-        ("v2_json_BF16", lambda body: body["outputs"][0]["data"] == [1.5, 2.0]),
-        ("v2_json_scalar_shape_empty", lambda body: body["outputs"][0]["shape"] == []),
-        ("v2_model_meta", lambda body: body["inputs"][0]["shape"] == [-1, 4]),
-        ("v1_predict_ct_text_echo", lambda body: body == {"predictions": [1]}),
-    ],
-)
+@pytest.mark.parametrize(("name", "holds"), replay.HOLDS)
 def test_any_body_holds_what_its_reason_says(
     name: str, holds: Any, server: ServerThread
 ) -> None:
-    record = next(record for record in RECORDS if record["name"] == name)
-    assert record["want"]["body"] == "any"
-    answer = exchange(server.port, request_bytes(record), record["method"])
-    assert holds(json.loads(answer.body)), answer.body
+    replay.check_holds(name, holds, server.port)
 
 
-def test_later_names_only_records_that_exist() -> None:
-    names = {record["name"] for record in RECORDS}
-    assert set(LATER) | HOLD_NOW | set(DEPARTURES) <= names
-    for prefix in PREFIXES:
-        assert any(name.startswith(prefix) for name in names)
+def test_what_is_named_exists() -> None:
+    assert set(replay.NAMES) >= ELSEWHERE | set(replay.DEPARTURES)
 
 
 def test_copy_is_the_contract() -> None:
-    shared = Path(__file__).parents[2] / "shared/contract/golden/rest.jsonl"
+    shared = replay.CONTRACT / "rest.jsonl"
     if not shared.exists():
         pytest.skip("the contract is not beside this checkout")
-    copy = Path(__file__).parent / "golden" / "rest.jsonl"
-    assert copy.read_bytes() == shared.read_bytes()
+    assert replay.COPY.read_bytes() == shared.read_bytes()

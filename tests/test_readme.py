@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml  # type: ignore[import-untyped]
 
 from kserve_lite.rest.routes import ROUTES
 from kserve_lite.server.settings import known_settings
@@ -125,13 +126,26 @@ def test_the_first_program_answers_as_shown(folder: Path) -> None:
     [
         command
         for command in commands()
-        if re.match(r"(python|kserve-lite) .*app", command) and "--ssl" not in command
+        if re.match(r"(python|kserve-lite run) .*app", command)
+        and "--ssl" not in command
     ],
 )
 def test_serving_commands(command: str, folder: Path) -> None:
     with running(*as_run_here(command), cwd=folder) as url:
         models = curl("curl http://127.0.0.1:8080/v1/models", url, folder)
         assert models == {"models": ["doubler"]}
+
+
+def test_a_program_of_kserves_moves_as_shown(tmp_path: Path) -> None:
+    program = snippet("# moved.py")
+    (tmp_path / "moved.py").write_text(program)
+    with running(*as_run_here("python moved.py"), cwd=tmp_path) as url:
+        ask = "http://127.0.0.1:8080/v1/models/echo:predict"
+        body = """'{"instances": [1]}'"""
+        assert curl(f"curl -d {body} {ask}", url, tmp_path) == {"predictions": [1]}
+    # Nothing but the import differs from what KServe's own SDK takes.
+    before = program.replace("kserve_lite.compat", "kserve")
+    assert "from kserve import Model, ModelServer" in before
 
 
 def test_grpc_and_http2_on_the_same_port(folder: Path) -> None:
@@ -184,10 +198,22 @@ def test_make_commands_exist_and_serve_the_digits_example() -> None:
         assert answer["predictions"][0]["digit"] == 3
 
 
+def test_the_manifest_as_shown(folder: Path) -> None:
+    (shown,) = [c for c in commands() if c.startswith("kserve-lite manifest")]
+    command, _, applied = shown.partition(" | ")
+    assert applied == "kubectl apply -f -"
+    ran = run_in(folder, *as_run_here(command)[1:])
+    service = yaml.safe_load(ran.stdout)
+    assert service["kind"] == "InferenceService", ran.stderr
+    assert service["metadata"]["name"] == "doubler"
+
+
 def test_every_command_is_run_by_a_test_here() -> None:
     covered = re.compile(
         r"pip install \.$|make (serve|test)$|curl .*(doubler|digits|story)|"
-        r"python (app|ask|story)\.py|kserve-lite run app|openssl|uvicorn mounted:app"
+        r"python (app|ask|story|moved)\.py|kserve-lite (run|manifest) app|openssl|"
+        r"uvicorn mounted:app|"
+        r"(pack|docker) "  # not here: docs/deploy.md
     )
     assert [c for c in commands() if not covered.match(c)] == []
 

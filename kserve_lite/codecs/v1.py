@@ -26,7 +26,11 @@ def decode(body: Body) -> Any:
 
     Raises InvalidInput for malformed JSON and for `instances` that are no list.
     """
-    value = loads(body)
+    return checked(loads(body))
+
+
+def checked(value: Any) -> Any:
+    """Return a decoded body, unless its `instances` are no list: InvalidInput."""
     if (
         type(value) is dict
         and "instances" in value
@@ -53,12 +57,15 @@ def decode_tensors(
     return read(
         body,
         partial(
-            _build, model_name=model_name, datatype_of=datatype_of, unnamed=unnamed
+            build_tensors,
+            model_name=model_name,
+            datatype_of=datatype_of,
+            unnamed=unnamed,
         ),
     )
 
 
-def _build(
+def build_tensors(
     root: Any,
     lane: Lane,
     *,
@@ -66,6 +73,7 @@ def _build(
     datatype_of: Callable[[str], str | None],
     unnamed: str,
 ) -> InferRequest:
+    """What `decode_tensors` does, of a JSON value that is parsed already."""
     members = lane.members(root)
     if members is None:
         raise InvalidInput("The body must be an object with instances or inputs.")

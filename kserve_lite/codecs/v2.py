@@ -65,14 +65,18 @@ def decode(
     fit shape and datatype, a binary part that is not what the JSON says.
     """
     if json_size is None:
-        return read(body, partial(_build, model_name=model_name))
+        request = read(body, partial(_build, model_name=model_name))
+        request.document = body
+        return request
     if not 0 <= json_size <= len(body):
         raise InvalidInput(
             f"The JSON is said to have {json_size} bytes, the body has {len(body)}."
         )
     whole = memoryview(body)
     build = partial(_build, model_name=model_name, binary=whole[json_size:])
-    return read(whole[:json_size], build)
+    request = read(whole[:json_size], build)
+    request.document = whole[:json_size]
+    return request
 
 
 class _Binary:

@@ -1,7 +1,9 @@
 """V2 as a client has it: requests written, answers read, JSON and protobuf.
 
-For tests of models (`testing.py`): it trusts the answers, which are our own. numpy is
-imported where it is used, protobuf too.
+For tests of models (`testing/`) and for what forwards requests (`forwarding/`), which
+may hear from anybody: what is read wrong raises one of `MALFORMED`, and no more memory
+is taken than the answer's own bytes call for. numpy is imported where it is used,
+protobuf too.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kserve_lite.codecs.json_tensors import dumps, loads, strings, to_array
 from kserve_lite.codecs.raw_tensors import from_raw, objects, raw_of
+from kserve_lite.errors import InvalidInput
 from kserve_lite.messages import InferResponse
 from kserve_lite.tensors import (
     DATATYPES,
@@ -23,6 +26,16 @@ from kserve_lite.tensors import (
 
 if TYPE_CHECKING:
     import numpy as np
+
+# What an answer raises that is none.
+MALFORMED = (
+    AttributeError,
+    InvalidInput,
+    LookupError,
+    OverflowError,
+    TypeError,
+    ValueError,
+)
 
 _SIZE = "binary_data_size"
 # A parameter's field in protobuf, by its Python type; a bool is an int too.
@@ -40,6 +53,7 @@ class Asked(NamedTuple):
     inputs: tuple[Tensor, ...]
     parameters: Parameters
     outputs: Sequence[str]
+    id: str = ""
 
 
 def asked(
@@ -71,18 +85,22 @@ def write_json(request: Asked, *, binary: bool) -> tuple[bytes, int | None]:
 
     binary: whether tensors go, and are to come back, by the binary tensor extension.
     """
-    raw = [bytes(raw_of(tensor)) for tensor in request.inputs] if binary else []
-    document: dict[str, Any] = {"inputs": []}
+    raw = [raw_of(tensor) for tensor in request.inputs] if binary else []
+    document: dict[str, Any] = {"id": request.id} if request.id else {}
+    document["inputs"] = []
     for index, tensor in enumerate(request.inputs):
         entry: dict[str, Any] = {
             "name": tensor.name,
             "shape": tensor.shape,
             "datatype": tensor.datatype,
         }
+        parameters = {k: v for k, v in tensor.parameters.items() if k != _SIZE}
         if binary:
-            entry["parameters"] = {_SIZE: len(raw[index])}
+            parameters[_SIZE] = len(raw[index])
         else:
             entry["data"] = _flat(tensor)
+        if parameters:
+            entry["parameters"] = parameters
         document["inputs"].append(entry)
     parameters = dict(request.parameters)
     if binary:
@@ -106,13 +124,16 @@ def _flat(tensor: Tensor) -> Any:
 
 
 def read_json(body: bytes, json_size: int | None) -> InferResponse:
-    """Read an answer. json_size: how many bytes of it are JSON; None: all."""
+    """Read an answer. json_size: how many bytes of it are JSON; None: all.
+
+    Raises one of `MALFORMED`.
+    """
     document = loads(body[:json_size])
     rest = memoryview(body)[len(body) if json_size is None else json_size :]
     outputs = []
     for output in document["outputs"]:
-        name, datatype = output["name"], output["datatype"]
-        shape, parameters = tuple(output["shape"]), output.get("parameters", {})
+        name, datatype = _text(output["name"]), _text(output["datatype"])
+        shape, parameters = tuple(output["shape"]), dict(output.get("parameters") or {})
         if _SIZE in parameters:
             size = parameters.pop(_SIZE)
             array = from_raw(rest[:size], datatype, shape, name)
@@ -120,13 +141,20 @@ def read_json(body: bytes, json_size: int | None) -> InferResponse:
         else:
             array = _array(output["data"], datatype, name).reshape(shape)
         outputs.append(Tensor(name, array, datatype, parameters))
+    version = document.get("model_version")
     return InferResponse(
         tuple(outputs),
-        id=document.get("id"),
-        model_name=document["model_name"],
-        model_version=document.get("model_version"),
-        parameters=document.get("parameters", {}),
+        id=_text(document.get("id") or "") or None,
+        model_name=_text(document.get("model_name") or "") or None,
+        model_version=None if version is None else str(version),
+        parameters=dict(document.get("parameters") or {}),
     )
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"text was expected, a {type(value).__name__} came")
+    return value
 
 
 def _array(data: list[Any], datatype: str, name: str) -> np.ndarray:
@@ -138,7 +166,10 @@ def _array(data: list[Any], datatype: str, name: str) -> np.ndarray:
 
 
 def write_proto(request: Asked, *, model: str, version: str | None) -> Any:
-    """Return a ModelInferRequest whose tensors are raw."""
+    """Return a ModelInferRequest whose tensors are raw.
+
+    Raises TypeError for parameters that gRPC has no type for.
+    """
     from kserve_lite.codecs.proto import message_class, message_from
 
     message = message_from(
@@ -146,12 +177,15 @@ def write_proto(request: Asked, *, model: str, version: str | None) -> Any:
         {
             "model_name": model,
             "model_version": version or "",
-            "parameters": {
-                name: {_FIELDS[type(value)]: value}
-                for name, value in request.parameters.items()
-            },
+            "id": request.id,
+            "parameters": _written(request.parameters),
             "inputs": [
-                {"name": t.name, "datatype": t.datatype, "shape": t.shape}
+                {
+                    "name": t.name,
+                    "datatype": t.datatype,
+                    "shape": t.shape,
+                    "parameters": _written(t.parameters),
+                }
                 for t in request.inputs
             ],
             "outputs": [{"name": name} for name in request.outputs],
@@ -161,8 +195,23 @@ def write_proto(request: Asked, *, model: str, version: str | None) -> Any:
     return message
 
 
+def _written(parameters: Parameters) -> dict[str, Any]:
+    written = {}
+    for name, value in parameters.items():
+        field = _FIELDS.get(type(value))
+        if field is None:
+            raise TypeError(
+                f"the parameter {name!r} is a {type(value).__name__}, which gRPC has "
+                "no parameters of"
+            )
+        if field == "int64_param" and value >= 1 << 63:
+            field = "uint64_param"
+        written[name] = {field: value}
+    return written
+
+
 def read_proto(message: Any) -> InferResponse:
-    """Read a ModelInferResponse, its tensors raw or not."""
+    """Read a ModelInferResponse, its tensors raw or not; raises one of `MALFORMED`."""
     outputs = []
     for index, output in enumerate(message.outputs):
         name, datatype, shape = output.name, output.datatype, tuple(output.shape)

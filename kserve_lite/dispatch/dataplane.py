@@ -78,6 +78,8 @@ class DataPlane:
         # predictions.
         self._checks = Offload(1, "kserve-lite-ready")
         self._failing: set[Model] = set()  # whose `ready` handler has raised just now
+        # Whether there may be no model: they come later.
+        self.may_be_empty = False
         self._accepting = True
         self._change = asyncio.Event()
         self._idle: set[anyio.CancelScope] = set()
@@ -140,7 +142,7 @@ class DataPlane:
     async def ready(self) -> bool:
         """Whether every model is ready, in every process that takes requests.
 
-        False with no model and while stopping.
+        False while stopping and, unless it `may_be_empty`, with no model.
         """
         # Whose state is SERVING takes requests, and would refuse them.
         others = (s for i, s in enumerate(self.board.sheets) if i != self.index)
@@ -156,7 +158,7 @@ class DataPlane:
         for model in served:
             if not await self.model_ready(model):
                 return False
-        return bool(served)
+        return bool(served) or self.may_be_empty
 
     async def model_ready(self, model: Model) -> bool:
         """Whether the model is loaded and its `ready` handler, if any, says yes."""

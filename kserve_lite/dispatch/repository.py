@@ -3,7 +3,8 @@
 Triton's model repository extension, for REST and gRPC alike:
 https://github.com/triton-inference-server/server,
 docs/protocol/extension_model_repository.md. The repository is the set of models that
-the server was started with: none is fetched, added or configured by a client.
+the server was started with: none is fetched, added or configured by a client, unless
+the program brings a `Source` that says what a name stands for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import anyio
 
@@ -53,11 +54,27 @@ STATES: dict[Phase, tuple[str, str]] = {
 FORWARDED = ("forwarded", "x-forwarded-for", "via", "origin")
 
 
-class Repository:
-    """Loads and unloads the models of a data plane."""
+class Source(Protocol):
+    """A program's own way to load and unload models by name.
 
-    def __init__(self, dataplane: DataPlane) -> None:
+    Each raises ModelNotFound for a name that it does not know, and load ModelNotReady
+    where it fails. They say what came of it by `Repository.add` and `remove`.
+    """
+
+    async def load(self, name: str) -> None: ...
+
+    async def unload(self, name: str) -> None: ...
+
+
+class Repository:
+    """Loads and unloads the models of a data plane.
+
+    source: what clients' loads and unloads go to, where the program brings one.
+    """
+
+    def __init__(self, dataplane: DataPlane, source: Source | None = None) -> None:
         self._dataplane = dataplane
+        self._source = source
         self._control = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         # Has a verb of `obey()` done in all processes of the server, this one included,
@@ -130,6 +147,29 @@ class Repository:
         except Exception:  # user code: the other models must still be unloaded
             log.exception("the unload handler of model %s failed", model.name)
 
+    async def add(self, model: Model) -> None:
+        """Load and serve one more model, in the place of the one of its name, if any.
+
+        That one answers until then, finishes what it has begun and is unloaded. Raises
+        what the load handler raises.
+        """
+        dataplane = self._dataplane
+        model.freeze()
+        await self.load(model)
+        # Nothing is awaited between: who asks sees the one or the other.
+        before = dataplane.registry.replace(model)
+        dataplane.changed()
+        if before is not None:
+            await self.unload(before)
+            dataplane.statistics.pop(before, None)
+
+    async def remove(self, model: Model) -> None:
+        """Unload a model and forget it."""
+        await self.unload(model)
+        self._dataplane.registry.remove(model)
+        self._dataplane.statistics.pop(model, None)
+        self._dataplane.changed()
+
     async def load_named(self, name: str) -> None:
         """Load every version of a model, again where it is loaded.
 
@@ -150,7 +190,11 @@ class Repository:
 
         verb: load or unload. Raises what `load_named()` and `unload_named()` do.
         """
-        work = self._load_versions if verb == "load" else self._unload_versions
+        if self._source is not None:
+            source = self._source
+            work = source.load if verb == "load" else source.unload
+        else:
+            work = self._load_versions if verb == "load" else self._unload_versions
         await self._alone(partial(work, name))
 
     async def _alone(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import orjson
 
+from kserve_lite.codecs.cloudevents import EventSettings
 from kserve_lite.codecs.json_tensors import loads
 from kserve_lite.dispatch import descriptions
 from kserve_lite.dispatch.dataplane import DataPlane
@@ -21,7 +22,7 @@ from kserve_lite.dispatch.repository import Repository, check_load_parameters
 from kserve_lite.errors import (
     InferenceFault,
     InvalidInput,
-    ModelNotFound,
+    Kind,
     ModelNotReady,
     ServerNotReady,
 )
@@ -45,13 +46,18 @@ class Endpoints:
     """Answers requests for the models behind a data plane."""
 
     def __init__(
-        self, dataplane: DataPlane, repository: Repository, *, metrics: Metrics
+        self,
+        dataplane: DataPlane,
+        repository: Repository,
+        *,
+        metrics: Metrics,
+        events: EventSettings,
     ) -> None:
         self.dataplane = dataplane
         self.repository = repository
         self._metrics = metrics
         self._described: tuple[asyncio.Event, Reply] | None = None
-        predictions = Predictions(dataplane)
+        predictions = Predictions(dataplane, events)
         self._actions: dict[str, Action] = {}
         for action in {route.action for route in ROUTES}:
             owner = predictions if hasattr(predictions, action) else self
@@ -140,7 +146,11 @@ class Endpoints:
         _refuse_override(body)
         try:
             await self.repository.load_named(leads_to.model)
-        except ModelNotFound:  # KServe's status for it, which its clients look for
+        except InferenceFault as fault:
+            # By kind: of another worker's ModelNotFound no more comes here.
+            if fault.kind is not Kind.NOT_FOUND:
+                raise
+            # KServe's status for it, which its clients look for.
             raise ModelNotReady(leads_to.model) from None
         return _document({"name": leads_to.model, "load": True})
 

@@ -1,17 +1,21 @@
 """The routes that run a model: V1, V2 and generate, a request in and a `Reply` out.
 
 Order of a prediction: the model exists (404), is ready (503), the body is read (400),
-the model runs. Each ends in `DataPlane.infer`; what differs is the codec.
+the model runs. Each ends in `DataPlane.infer`; what differs is the codec. A V1 request
+may be a CloudEvent: then its answer is one.
 """
 
 from __future__ import annotations
 
-import re
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any, NamedTuple
 
-from kserve_lite.codecs import generate, v1, v2
+from kserve_lite.codecs import cloudevents, generate, v1, v2
+from kserve_lite.codecs.cloudevents import Mode
+from kserve_lite.codecs.json_tensors import loads
 from kserve_lite.dispatch.binding import (
     declared_datatype,
     text_name,
@@ -31,36 +35,37 @@ from kserve_lite.messages import (
 )
 from kserve_lite.model import Model, Plan
 from kserve_lite.records import Record
-from kserve_lite.rest.replies import JSON, Reply, error_body, json_reply
+from kserve_lite.rest.headers import (
+    JSON_SIZE,
+    own_headers,
+    with_fields,
+    with_type,
+    without_type,
+)
+from kserve_lite.rest.replies import JSON, Reply, error_body, error_reply, json_reply
 from kserve_lite.rest.routes import Match
 from kserve_lite.wire.events import Buffer, RawHeaders, Request
 
-_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-# The binary tensor extension's header: the bytes of JSON before the tensors.
-JSON_SIZE = "inference-header-content-length"
-# What frames a message, and its ids, are the server's to say, whatever a handler sets.
-_FRAMING = frozenset(
-    (
-        "x-request-id",
-        "traceparent",
-        "content-length",
-        "transfer-encoding",
-        "connection",
-        "keep-alive",
-        "upgrade",
-        JSON_SIZE,
-    )
-)
 _JSON_ONLY: RawHeaders = (JSON,)
 _BINARY = (b"content-type", b"application/octet-stream")
 _EVENTS: RawHeaders = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
 )
+# The content types of nearly all V1 requests; what has another may be an event.
+_PLAIN = frozenset((None, "application/json"))
+_STRUCTURED: RawHeaders = ((b"content-type", cloudevents.STRUCTURED_TYPE.encode()),)
+_NO_SUCH_EVENTS = error_reply(
+    415,
+    "CloudEvents come one at a time here: with their attributes as ce- headers, or as "
+    f"{cloudevents.STRUCTURED_TYPE}.",
+    ((b"accept", f"application/json, {cloudevents.STRUCTURED_TYPE}".encode()),),
+)
 # Globals, since reading a member off its class costs 0.12 us in Python 3.11.
 _PREDICT = Stage.PREDICT
 _JSON_FORM = Form.JSON
+# What the rows of a V1 answer are called.
+_KEYS = {_PREDICT: "predictions", Stage.EXPLAIN: "explanations"}
 
 
 class _Generated(NamedTuple):
@@ -76,8 +81,9 @@ class _Generated(NamedTuple):
 class Predictions:
     """Answers requests to the models behind a data plane."""
 
-    def __init__(self, dataplane: DataPlane) -> None:
+    def __init__(self, dataplane: DataPlane, events: cloudevents.EventSettings) -> None:
         self.dataplane = dataplane
+        self._event_settings = events
 
     async def v1_predict(
         self,
@@ -95,10 +101,15 @@ class Predictions:
         if not plan:
             raise Unsupported(f"Model {model.name} has no {verb} handler.")
         context = _context(request, model, "v1", record)
+        asked = request.headers
+        if "ce-specversion" in asked or asked.get("content-type") not in _PLAIN:
+            mode = cloudevents.mode_of(asked)
+            if mode is not None:
+                return await self._v1_event(mode, model, context, body, verb)
         entry = plan[0]
         payload: Any
         if entry.form is _JSON_FORM:
-            payload = v1.decode(body)
+            payload = loads(body) if model.any_json else v1.decode(body)
         else:
             payload = v1.decode_tensors(
                 body,
@@ -108,13 +119,13 @@ class Predictions:
             )
         answer = await dataplane.infer(model, plan, payload, context)
         try:
-            own = _own_headers(context) if context.response_headers else ()
+            own = own_headers(context) if context.response_headers else ()
             if isinstance(answer, JsonAnswer):
-                headers = _with_type(own) if own else _JSON_ONLY
+                headers = with_type(own) if own else _JSON_ONLY
                 return Reply(200, headers, v1.encode(answer.value))
             if isinstance(answer, InferResponse):
-                key = "predictions" if verb is _PREDICT else "explanations"
-                return Reply(200, _with_type(own), v1.encode_tensors(answer, key))
+                rows = v1.encode_tensors(answer, _KEYS[verb])
+                return Reply(200, with_type(own), rows)
             if isinstance(answer, RawAnswer):
                 return Reply(200, own, answer.data)
         except (TypeError, ValueError) as error:
@@ -126,16 +137,85 @@ class Predictions:
     ) -> Reply:
         return await self.v1_predict(request, leads_to, body, record, Stage.EXPLAIN)
 
+    async def _v1_event(
+        self, mode: Mode, model: Model, context: Context, body: Buffer, verb: Stage
+    ) -> Reply:
+        """Answer a CloudEvent by another one, of the same mode.
+
+        The answer's data is what a V1 request would get. JSON has the content type of
+        JSON, whatever the handler says; text and bytes have the handler's, else that of
+        text where they are UTF-8. A stream is the body of a binary event as it comes,
+        and too much for a structured one.
+        """
+        if mode is Mode.OTHER:
+            return _NO_SUCH_EVENTS
+        if not cloudevents.prepared():
+            await asyncio.to_thread(cloudevents.prepare)
+        plan = model.plan(verb)
+        entry = plan[0]
+        build = None
+        if entry.form is not _JSON_FORM:
+            build = partial(
+                v1.build_tensors,
+                model_name=model.name,
+                datatype_of=partial(declared_datatype, entry),
+                unnamed=unnamed_input(entry),
+            )
+        check = (lambda value: value) if model.any_json else v1.checked
+        event = cloudevents.read_event(mode, context.headers, body, build, check)
+        answer = await self.dataplane.infer(model, plan, event.payload, context)
+        is_structured = mode is Mode.STRUCTURED
+        if is_structured and isinstance(answer, StreamAnswer):
+            await answer.items.aclose()
+            raise Unsupported(
+                "The model answers with a stream, which a structured CloudEvent cannot "
+                "hold: send a binary one."
+            )
+        attributes = cloudevents.answering(event, model.name, self._event_settings)
+        fields = () if is_structured else cloudevents.header_fields(attributes)
+        if isinstance(answer, StreamAnswer):
+            reply = await self._v1_stream(model, context, answer, is_event=True)
+            return reply._replace(headers=with_fields(fields, reply.headers))
+        try:
+            own = own_headers(context)
+            content_type = b""
+            if isinstance(answer, JsonAnswer):
+                data = v1.encode(answer.value)
+            elif isinstance(answer, InferResponse):
+                data = v1.encode_tensors(answer, _KEYS[verb])
+            else:
+                data = answer.data
+                typed = dict(with_type(own, cloudevents.raw_type(data)))
+                content_type = typed[b"content-type"]
+            own = without_type(own)
+            if is_structured:
+                said = content_type.decode("latin-1")
+                data = cloudevents.envelope(attributes, data, said)
+                return Reply(200, (*_STRUCTURED, *own), data)
+        except (TypeError, ValueError) as error:
+            raise self.dataplane.model_failed(model, context, error) from error
+        own = with_type(own, content_type or JSON[1])
+        return Reply(200, with_fields(fields, own), data)
+
     async def _v1_stream(
-        self, model: Model, context: Context, answer: StreamAnswer
+        self,
+        model: Model,
+        context: Context,
+        answer: StreamAnswer,
+        *,
+        is_event: bool = False,
     ) -> Reply:
         """Begin a stream: only with its first item are headers and success known."""
         items = answer.items
         try:
             first = await anext(items, b"")
-            headers = _own_headers(context)
+            headers = own_headers(context)
             if not isinstance(first, (str, bytes)):
-                headers = _with_type(headers, b"application/x-ndjson")
+                headers = with_type(headers, b"application/x-ndjson")
+            elif is_event:
+                is_text = isinstance(first, str)
+                kind = cloudevents.TEXT if is_text else cloudevents.OCTETS
+                headers = with_type(headers, kind)
             head = _item(first)
         except (Exception, SystemExit) as error:  # user code may raise anything
             await items.aclose()
@@ -176,12 +256,12 @@ class Predictions:
         payload = v2.decode(body, model_name=model.name, json_size=json_size)
         answer = await dataplane.infer(model, model.plan(_PREDICT), payload, context)
         try:
-            own = _own_headers(context) if context.response_headers else ()
+            own = own_headers(context) if context.response_headers else ()
             if isinstance(answer, RawAnswer):
                 return Reply(200, own, answer.data)
             if not isinstance(answer, InferResponse):
                 raise TypeError(f"a V2 answer cannot be a {type(answer).__name__}")
-            own = _without_type(own)
+            own = without_type(own)
             pieces, json_size = v2.encode(answer, payload)
         except (TypeError, ValueError) as error:
             raise dataplane.model_failed(model, context, error) from error
@@ -198,7 +278,7 @@ class Predictions:
         if isinstance(answer, StreamAnswer):
             answer = await _joined(answer)
         written = self._generate_body(generated, answer)
-        own = _without_type(self._headers_of(generated))
+        own = without_type(self._headers_of(generated))
         return json_reply(written, headers=own)
 
     async def generate_stream(
@@ -211,7 +291,7 @@ class Predictions:
         try:
             first = await anext(items, None)
             head = b"" if first is None else self._event(generated, first)
-            headers = _EVENTS + _without_type(self._headers_of(generated))
+            headers = _EVENTS + without_type(self._headers_of(generated))
         except BaseException:
             await items.aclose()
             raise
@@ -269,7 +349,7 @@ class Predictions:
 
     def _headers_of(self, generated: _Generated) -> RawHeaders:
         try:
-            return _own_headers(generated.context)
+            return own_headers(generated.context)
         except ValueError as error:
             model, context = generated.model, generated.context
             raise self.dataplane.model_failed(model, context, error) from error
@@ -323,29 +403,3 @@ def _context(request: Request, model: Model, protocol: str, record: Record) -> C
     headers = request.headers
     deadline = asked_deadline(headers) if "x-request-timeout-ms" in headers else None
     return Context(model.name, model.version, protocol, headers, deadline, record)
-
-
-def _own_headers(context: Context) -> RawHeaders:
-    """The headers that the handler set, less those that frame the message.
-
-    Raises ValueError for a name or value that would break the message (RFC 9110 5.5).
-    """
-    raw = []
-    for name, value in context.response_headers.items():
-        name, value = name.lower(), str(value).strip(" \t")
-        if not _TOKEN.fullmatch(name) or not _VALUE.fullmatch(value):
-            raise ValueError(f"the response header {name!r} has a forbidden character")
-        if name not in _FRAMING:
-            raw.append((name.encode("ascii"), value.encode("latin-1")))
-    return tuple(raw)
-
-
-def _with_type(own: RawHeaders, content_type: bytes = JSON[1]) -> RawHeaders:
-    """Add a content type unless the handler set one."""
-    if any(name == b"content-type" for name, _ in own):
-        return own
-    return ((b"content-type", content_type), *own)
-
-
-def _without_type(own: RawHeaders) -> RawHeaders:
-    return tuple(pair for pair in own if pair[0] != b"content-type") if own else own

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import traceback
 from collections.abc import Callable, Container
 from functools import cached_property
@@ -20,7 +21,7 @@ import anyio.to_thread
 
 from kserve_lite.counters import Board
 from kserve_lite.dispatch.dataplane import DataPlane
-from kserve_lite.dispatch.repository import Repository
+from kserve_lite.dispatch.repository import Repository, Source
 from kserve_lite.errors import StartupError
 from kserve_lite.handlers import Stage
 from kserve_lite.metrics import IN_FLIGHT, RequestCounts
@@ -32,11 +33,14 @@ from kserve_lite.rest.replies import Reply
 from kserve_lite.server.access import AccessLog
 from kserve_lite.server.metrics import Metrics
 from kserve_lite.server.settings import Settings
+from kserve_lite.server.storage import fetch
 from kserve_lite.telling import failed
 from kserve_lite.transports.exchange import App, Rpc
 from kserve_lite.wire.events import Buffer, Request
 
 if TYPE_CHECKING:
+    from kserve_lite.forwarding.models import Forwarding
+    from kserve_lite.parallel.cluster import Cluster
     from kserve_lite.rpc.call import CallStream
     from kserve_lite.server.tracing import Tracing
 
@@ -48,6 +52,7 @@ class Application:
 
     board, index: where its process counts, and the number of its sheet there.
     own_process: whether the process is the server's, not a program's that embeds it.
+    source: where models come from on demand; without it there must be one.
     Whoever brings requests to `answer` and `call` tells `ended` when each is over.
     Raises StartupError without a model.
     """
@@ -60,8 +65,9 @@ class Application:
         board: Board | None = None,
         index: int = 0,
         own_process: bool = False,
+        source: Source | None = None,
     ) -> None:
-        if not models:
+        if not models and source is None:
             raise StartupError("there is no model to serve: give at least one")
         self.board = board or Board()
         self.sheet = self.board.sheets[index]
@@ -70,12 +76,15 @@ class Application:
         self.dataplane = DataPlane(
             Registry(), settings.dispatch, board=self.board, index=index
         )
-        self.repository = Repository(self.dataplane)
+        self.dataplane.may_be_empty = source is not None
+        self.repository = Repository(self.dataplane, source)
         self._rest = Endpoints(
             self.dataplane,
             self.repository,
             metrics=Metrics(self.board, publish=self.publish).render,
+            events=settings.events,
         )
+        self._own_process = own_process
         self._tracing: Tracing | None = None
         if settings.server.enable_tracing:
             from kserve_lite.server.tracing import make_tracing
@@ -90,6 +99,8 @@ class Application:
         if settings.server.access_log:
             self._told.append(("logging", self._access.write))
         self._over: list[Record] = []
+        self._forwarding: Forwarding | None = None
+        self._cluster: Cluster | None = None
         # Made when they are entered: this may be built outside an event loop.
         self._loading: anyio.CancelScope | None = None
         self._unloading: anyio.CancelScope | None = None
@@ -172,19 +183,56 @@ class Application:
                 f"model_name {name!r} is for one model, and there are {len(names)}: "
                 f"leave it out, or serve one of {', '.join(sorted(names))}"
             )
+        self._forwarding = forwarding = self._forwards()
+        self.models = tuple(map(self._placed, self.models))
         for model in self.models:
+            if forwarding is not None:
+                forwarding.attach(model)
             model.freeze()
             model.name = name or model.name
             model.model_dir = model_dir
             self.dataplane.registry.add(model)
 
+    def _placed(self, model: Model) -> Model:
+        """The model itself, or what stands for its replicas."""
+        if model.deployment is None:
+            return model
+        if len(self.board.sheets) > 1:
+            raise StartupError(
+                f"model {model.name!r} has replicas, which one process serves: leave "
+                "--workers out"
+            )
+        # Here and not above: most servers do without.
+        from kserve_lite.parallel.cluster import Cluster
+        from kserve_lite.parallel.replicated import replicated
+
+        if self._cluster is None:
+            grace = self.settings.dispatch.grace_period
+            self._cluster = Cluster(self.settings.parallel, grace)
+        return replicated(model, self._cluster, self.settings.dispatch)
+
+    def _forwards(self) -> Forwarding | None:
+        """What forwards to other servers; None where nothing is to be."""
+        given = self.settings.forwarding
+        # Where it is imported, a server before this one may have forwarded for a model.
+        known = "kserve_lite.forwarding.models" in sys.modules
+        if not (given.predictor_host or given.explainer_host or known):
+            return None
+        # Late: most servers forward nothing.
+        from kserve_lite.forwarding.models import Forwarding
+
+        return Forwarding(given, max_size=self.settings.wire.max_body_size)
+
     async def load(self, leave_out: Container[str] = ()) -> None:
         """Load every model in turn; raise StartupError, with the place, if one fails.
+
+        First what storage_uri names is fetched, if that has to be.
 
         leave_out: names of models that are as good as unloaded again. Returns early
         where a stop is asked for meanwhile.
         """
         with anyio.CancelScope() as self._loading:
+            await fetch(self.settings.server, bar=self._own_process)
             for model in self.models:
                 if model.name in leave_out:
                     await self.repository.unload(model)
@@ -221,6 +269,11 @@ class Application:
             with anyio.move_on_after(grace) as self._unloading:
                 await self.repository.unload(model)
         self._unloading = None
+        if self._forwarding is not None:
+            await self._forwarding.close()
+        if self._cluster is not None:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(self._cluster.close)
         self.dataplane.close()
         self._settle()
         if self._tracing is not None:

@@ -52,10 +52,15 @@ log = logging.getLogger("kserve_lite")
 _USED = {
     "access_log",
     "body_timeout",
+    "ce_merge",
+    "ce_source",
+    "ce_type",
     "enable_tracing",
     "max_body_size",
     "model_dir",
     "model_name",
+    "storage_allow_patterns",
+    "storage_ignore_patterns",
     "storage_uri",
 }
 
@@ -104,6 +109,10 @@ class Asgi:
         self._application: Application | None = None
         self._life: AbstractAsyncContextManager[None] | None = None
         self._has_warned = False
+        # What a stop waits for, from a request's first message to its answer's last;
+        # and of those the bodies that still arrive, and the answers in the making.
+        self._requests: set[asyncio.Future[None]] = set()
+        self._arriving: set[anyio.CancelScope] = set()
         self._exchanges: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Asgi:
@@ -193,9 +202,16 @@ class Asgi:
                 await application.unload()
 
     async def _finish(self, seconds: float) -> None:
-        if self._exchanges:
-            _, late = await asyncio.wait(self._exchanges, timeout=seconds)
-            await _end(late)
+        """Let what is in flight finish, so many seconds; then end it."""
+        if not self._requests:
+            return
+        _, late = await asyncio.wait(self._requests, timeout=seconds)
+        if late:
+            for arriving in self._arriving:
+                arriving.cancel()
+            await _end(set(self._exchanges))
+            # They are told so, unless their clients do not even read that.
+            await asyncio.wait(late, timeout=CANCEL_AGAIN)
 
     # --- a request -----------------------------------------------------------------
 
@@ -206,28 +222,76 @@ class Asgi:
         prefix, target = split_target(scope)
         request = Request(1, scope["method"], target, headers)
         if application is None:
-            self._warn()
+            if self._life is None:
+                self._warn()
             send_refusal(fault_reply(ServerNotReady()), request, stream, _unheard)
             await stream.flush()
             return
+        ended = asyncio.get_running_loop().create_future()
+        self._requests.add(ended)
         try:
-            body = await read_body(
-                headers,
-                receive,
-                limit=self.settings.wire.max_body_size,
-                seconds=self.settings.connection.body_timeout,
+            body = await self._body(
+                application, request, stream=stream, receive=receive
             )
-        except Disconnected:
-            cut(request, stream, application.ended)
-            return
-        except Refused as refused:
-            # The rest of the body is not read, so nothing can follow it.
-            close = () if stream.http >= "2" else ((b"connection", b"close"),)
-            reply = error_reply(refused.status, refused.reason, close)
-            send_refusal(reply, request, stream, application.ended)
-            await stream.flush()
-            return
+            if body is not None:
+                await self._answer(
+                    application,
+                    request,
+                    body,
+                    stream=stream,
+                    receive=receive,
+                    prefix=prefix,
+                )
+        finally:
+            self._requests.discard(ended)
+            ended.set_result(None)
 
+    async def _body(
+        self,
+        application: Application,
+        request: Request,
+        *,
+        stream: AsgiStream,
+        receive: Receive,
+    ) -> Buffer | None:
+        """A request's body; None where it does not come and all has been said."""
+        refused: Reply
+        with anyio.CancelScope() as arriving:
+            self._arriving.add(arriving)
+            try:
+                return await read_body(
+                    request.headers,
+                    receive,
+                    limit=self.settings.wire.max_body_size,
+                    seconds=self.settings.connection.body_timeout,
+                )
+            except Disconnected:
+                cut(request, stream, application.ended)
+                return None
+            except Refused as error:
+                refused = error_reply(error.status, error.reason)
+            finally:
+                self._arriving.discard(arriving)
+        if arriving.cancelled_caught:  # the grace period of a stop is over
+            refused = fault_reply(ServerNotReady())
+        if stream.http < "2":
+            # The rest of the body is not read, so nothing can follow it.
+            close = (b"connection", b"close")
+            refused = refused._replace(headers=(*refused.headers, close))
+        send_refusal(refused, request, stream, application.ended)
+        await stream.flush()
+        return None
+
+    async def _answer(
+        self,
+        application: Application,
+        request: Request,
+        body: Buffer,
+        *,
+        stream: AsgiStream,
+        receive: Receive,
+        prefix: bytes,
+    ) -> None:
         async def answer(request: Request, body: Buffer, record: Record) -> Reply:
             reply = await application.answer(request, body, record)
             return _seen_from(prefix, reply, record) if prefix else reply
@@ -264,7 +328,7 @@ class Asgi:
         if not self._has_warned:
             self._has_warned = True
             log.error(
-                "an asgi() application got a request and was not started, so that no "
+                "an asgi() application got a request and is not running, so that no "
                 "model is loaded: enter it, `async with app:`, in the lifespan of the "
                 "application around it, or have the ASGI server run lifespans"
             )

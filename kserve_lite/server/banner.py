@@ -27,7 +27,8 @@ def banner(
     url: of the server. grpc_ports: the ports that serve gRPC, none where it is off.
     asks_certificate: whether clients must show a certificate, which only they have.
     """
-    lines = [f"kserve-lite serves {', '.join(m.name for m in models)} on {url}"]
+    names = ", ".join(model.name for model in models) or "no model yet"
+    lines = [f"kserve-lite serves {names} on {url}"]
     for model in models:
         name = quote(model.name, safe="")
         lines += (
@@ -37,6 +38,8 @@ def banner(
     if grpc_ports:
         host = url.partition("//")[2].rpartition(":")[0]
         lines.append("  gRPC  " + ", ".join(f"{host}:{port}" for port in grpc_ports))
+    if not models:
+        return "\n".join(lines)
     lines.append(
         "Try it, with a client's certificate and key in client.pem:"
         if asks_certificate

@@ -38,8 +38,8 @@ class Child:
 
     told: is called with what it says, beyond what is kept here. board, index: with the
     sheet that it gets. waits: whether it is to accept connections only when it is told
-    to. unloaded: names of models that it is not to load. Where it cannot be started it
-    is as one that has failed at once.
+    to. unloaded, loaded: names of models that it is not to load, and that clients had
+    loaded. Where it cannot be started it is as one that has failed at once.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Child:
         ports: Ports,
         waits: bool,
         unloaded: tuple[str, ...],
+        loaded: tuple[str, ...],
     ) -> None:
         self.waits = waits
         self.sheet: Sheet = board.sheets[index]
@@ -79,7 +80,13 @@ class Child:
             self._ours, theirs = socket.socketpair()
             with theirs:
                 self._process = start(
-                    theirs, board, index, ports, waits=waits, unloaded=unloaded
+                    theirs,
+                    board,
+                    index,
+                    ports,
+                    waits=waits,
+                    unloaded=unloaded,
+                    loaded=loaded,
                 )
         except OSError as error:  # too many processes or files, say; later there may be
             self.failure = f"it could not be started: {error}"
@@ -111,10 +118,10 @@ class Child:
         if at_once or not self._greeted:
             self._exit_within(TO_EXIT)
 
-    def accept(self, unloaded: tuple[str, ...]) -> None:
-        """Have it accept connections. unloaded: models that it must not have."""
+    def accept(self, unloaded: tuple[str, ...], loaded: tuple[str, ...]) -> None:
+        """Have it accept connections. unloaded, loaded: see the class, by now."""
         self.takes_orders = True
-        self._channel.say("accept", unloaded=unloaded)
+        self._channel.say("accept", unloaded=unloaded, loaded=loaded)
 
     def order(self, verb: str, name: str) -> asyncio.Future[Fault | None]:
         """Have it load or unload a model; what comes back says how that went."""

@@ -10,7 +10,8 @@ A worker says:
 * unloads (within): it has begun to unload its models, before it ends; in seconds.
 
 A supervisor says:
-* accept (unloaded): accept connections, without models of these names.
+* accept (unloaded, loaded): accept connections, without models of the first names
+  and, where the program brings models on demand, with those of the second.
 * stop (at_once): finish what is in flight, or do not.
 * order (id, verb, name): load or unload a model.
 * answer (id, fault): all have obeyed what this worker had asked for.

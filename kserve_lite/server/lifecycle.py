@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+)
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import anyio
 
 from kserve_lite.counters import Board, State
-from kserve_lite.errors import SettingsError
+from kserve_lite.dispatch.repository import Source
+from kserve_lite.errors import InferenceFault, SettingsError
 from kserve_lite.model import Model
 from kserve_lite.server.application import Application
 from kserve_lite.server.settings import Settings, make_settings
@@ -37,7 +44,8 @@ class Seat:
     board, index: of all of them, and the number of its own sheet. ports: they listen
     already. admitted: returns when it may accept connections, which is asked when its
     models are loaded; without it, it accepts at once. unloaded: names of models that it
-    does not load. unloads: is told before it unloads its models in the end.
+    does not load. unloads: is told before it unloads its models in the end. loaded:
+    names of models that clients had its siblings load, for a guest to bring.
     """
 
     board: Board
@@ -46,6 +54,17 @@ class Seat:
     admitted: Callable[[], Awaitable[None]] | None = None
     unloaded: frozenset[str] = frozenset()
     unloads: Callable[[], Awaitable[None]] | None = None
+    loaded: tuple[str, ...] = ()
+
+
+class Guest(Source, Protocol):
+    """A program that brings and takes models while a server of its own runs."""
+
+    async def begin(self, server: Server) -> None:
+        """Called on the event loop before the models are loaded."""
+
+    async def end(self) -> None:
+        """Called when all models are unloaded."""
 
 
 class Server:
@@ -63,15 +82,18 @@ class Server:
         *,
         seat: Seat | None = None,
         own_process: bool = False,
+        guest: Guest | None = None,
     ) -> None:
         self.settings = settings
         self._seat = seat
+        self._guest = guest
         self.application = Application(
             models,
             settings,
             board=seat.board if seat else None,
             index=seat.index if seat else 0,
             own_process=own_process,
+            source=guest,
         )
         self.dataplane = self.application.dataplane
         self.report = ""
@@ -175,9 +197,13 @@ class Server:
                 if self._seat is not None and self._seat.unloads is not None:
                     await self._seat.unloads()
                 await self.application.unload()
+                if self._guest is not None:
+                    await self._guest.end()
 
     async def _startup(self) -> None:
         application, seat = self.application, self._seat
+        if self._guest is not None:
+            await self._guest.begin(self)
         application.register()
         ports = seat.ports if seat else open_ports(self.settings)
         self._ports = ports.numbers
@@ -185,14 +211,29 @@ class Server:
             application.sheet.state = State.SERVING
             await self._listen(ports)
             await application.load(seat.unloaded if seat else ())
+            await self.bring(seat.loaded if seat else ())
             await self._loaded()
         else:
             application.sheet.state = State.STARTING
             await application.load(seat.unloaded)
+            await self.bring(seat.loaded)
             await self._admission(seat.admitted)
             # Before it listens: what loads here must not make the siblings unready.
             await self._loaded()
             await self._listen(ports)
+
+    async def bring(self, names: Iterable[str]) -> None:
+        """Have the guest, if there is one, load models as its siblings have.
+
+        What fails is logged, and is not there.
+        """
+        if self._guest is None:  # its models are those that it began with
+            return
+        for name in names:
+            try:
+                await self.application.repository.obey("load", name)
+            except InferenceFault as error:
+                log.error("model %s, which clients loaded: %s", name, error)
 
     async def _loaded(self) -> None:
         """Tell the siblings, if there are any, whether the models are ready."""

@@ -25,7 +25,8 @@ class Orders:
     """Has workers load and unload models.
 
     workers: those that are alive. unloaded: names of models that were unloaded and not
-    loaded since, which workers that start later are not to load.
+    loaded since, which workers that start later are not to load. loaded: names of those
+    that were loaded and not unloaded since, which a program may have brought by then.
     """
 
     def __init__(self, workers: Callable[[], Iterable[Child]]) -> None:
@@ -33,10 +34,15 @@ class Orders:
         self._queue: asyncio.Queue[tuple[Child, Message, asyncio.TimerHandle]]
         self._queue = asyncio.Queue(MOST)
         self._unloaded: set[str] = set()
+        self._loaded: dict[str, None] = {}  # in their order
 
     @property
     def unloaded(self) -> tuple[str, ...]:
         return tuple(sorted(self._unloaded))
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        return tuple(self._loaded)
 
     def ask(self, asker: Child, message: Message) -> None:
         """Take what a worker was asked for, which is answered in its turn."""
@@ -80,9 +86,11 @@ class Orders:
         if verb == "unload" and None in faults:
             # Where a load had failed before, there was nothing to unload.
             self._unloaded.add(name)
+            self._loaded.pop(name, None)
             return None
         if verb == "load" and fault is None:
             self._unloaded.discard(name)
+            self._loaded[name] = None
         return fault
 
     def _members(self) -> list[Child]:

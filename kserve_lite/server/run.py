@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import anyio
 from kserve_lite.errors import KServeLiteError, StartupError
 from kserve_lite.model import Model
 from kserve_lite.server.banner import banner
-from kserve_lite.server.lifecycle import Server
+from kserve_lite.server.lifecycle import Guest, Server
 from kserve_lite.server.logs import configure_logging
 from kserve_lite.server.settings import Settings, make_settings, parse_flags
 from kserve_lite.server.starting import STARTED_IN
@@ -72,13 +73,13 @@ def run(*models: Model, argv: Sequence[str] | None = None, **settings: Any) -> N
         serve_process(
             lambda: models,
             make_settings(settings, environment=os.environ, flags=flags),
-            _folder(),
+            program_folder(),
         )
     except KServeLiteError as error:
         fail(error)
 
 
-def _folder() -> Path:
+def program_folder() -> Path:
     """Where the program is that runs."""
     folder = Path(STARTED_IN or "")
     program = folder / sys.argv[0]
@@ -101,12 +102,15 @@ def _tell(error: BaseException) -> None:
 
 
 def serve_process(
-    find: Callable[[], tuple[Model, ...]], settings: Settings, *folders: Path
+    find: Callable[[], tuple[Model, ...]],
+    settings: Settings,
+    *folders: Path,
+    guest: Guest | None = None,
 ) -> None:
     """Serve in this process, or in several, until a signal; or raise KServeLiteError.
 
     find: returns the models; not called where other processes serve. folders: with the
-    program's files.
+    program's files. guest: brings further models, so that there may be none at first.
     """
     given = assignment()
     if given is None and (settings.server.workers > 1 or settings.server.reload):
@@ -116,6 +120,8 @@ def serve_process(
 
         supervise(settings, *folders)
         return
+    if given is not None:  # the supervisor has fetched the files
+        settings = replace(settings, server=replace(settings.server, storage_uri=""))
     models = find()
     # A program that configures logging does so while it is imported.
     configure_logging(settings.server)
@@ -123,7 +129,7 @@ def serve_process(
     sys.setswitchinterval(SWITCH_INTERVAL)
     worker = Worker(given) if given is not None else None
     seat = worker.seat if worker is not None else None
-    server = Server(models, settings, seat=seat, own_process=True)
+    server = Server(models, settings, seat=seat, own_process=True, guest=guest)
     try:
         anyio.run(
             _serve_until_signal,

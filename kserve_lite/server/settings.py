@@ -4,7 +4,8 @@ Each layer defines its own small frozen dataclass; here they are put together, a
 command line, the environment and keyword arguments are read by walking their fields.
 What is not a field is an error that names the nearest one. A flag beats the
 environment, which beats an argument of `run()`, which beats the default; storage_uri
-and model_dir are one thing in this, and from the same place model_dir wins.
+and model_dir are one thing in this: where storage_uri is from a stronger place it says
+the folder, else model_dir does, and what storage_uri names is fetched into it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from kserve_lite.codecs.cloudevents import EventSettings
 from kserve_lite.dispatch.settings import DispatchSettings
 from kserve_lite.errors import SettingsError
-from kserve_lite.server.storage import local_folder
+from kserve_lite.forwarding.settings import ForwardingSettings
+from kserve_lite.parallel.settings import ParallelSettings
+from kserve_lite.server.storage.uris import folder_for, is_remote, patterns, source_of
 from kserve_lite.server.values import SWITCHES, convert
 from kserve_lite.transports.timeouts import ConnectionLimits
 from kserve_lite.version import __version__
@@ -32,6 +36,12 @@ from kserve_lite.wire.limits import WireLimits
 ENVIRONMENT = {
     "PORT": "http_port",
     "STORAGE_URI": "storage_uri",
+    "STORAGE_ALLOW_PATTERNS": "storage_allow_patterns",
+    "STORAGE_IGNORE_PATTERNS": "storage_ignore_patterns",
+    "CE_TYPE": "ce_type",
+    "CE_SOURCE": "ce_source",
+    "CE_MERGE": "ce_merge",
+    "REQUESTS_CA_BUNDLE": "predictor_ca_certs",
     "KSERVE_LOGLEVEL": "log_level",
     "KSERVE_TLS_CERT_FILE": "ssl_certfile",
     "KSERVE_TLS_KEY_FILE": "ssl_keyfile",
@@ -48,17 +58,7 @@ ELSEWHERE = {
     "protocol",
     "grpc_max_send_message_length": "answers may have any size: leave it out",
     "protocol": "every protocol is served: leave it out",
-} | dict.fromkeys(
-    (
-        "predictor_host",
-        "predictor_protocol",
-        "predictor_use_ssl",
-        "predictor_request_timeout_seconds",
-        "predictor_request_retries",
-        "enable_predictor_health_check",
-    ),
-    "this version forwards to no predictor: call it in the predict handler",
-)
+}
 # What other servers call things, where the nearest name would be a wrong one.
 ELSEWHERE |= {
     other: f"did you mean {name!r}?"
@@ -96,8 +96,15 @@ class ServerSettings:
     model_name: the name to serve the model under, whatever its program calls it; for
         one model only.
     model_dir: the folder with the model's files, what `model.path()` is relative to.
-    storage_uri: where the model's files are, as KServe says it: a folder, or
-        file:///folder. It becomes model_dir, unless that is given too.
+        With a storage_uri, the folder to fetch into; if it is filled it is used as it
+        is.
+    storage_uri: where the model's files are: a folder, file:///folder, s3://, gs://,
+        hf://, https:// (a file or an archive), Azure's blobs; see docs/storage.md. They
+        are fetched before models load, into model_dir if that is given, else a folder
+        of ~/.cache/kserve-lite; not where /mnt/models is filled, as KServe does it.
+    storage_allow_patterns: fetch only files that one of these matches, `*.json,*.bin`
+        say, or a JSON list of them; * stands for slashes too.
+    storage_ignore_patterns: fetch no files that one of these matches.
     event_loop: auto, asyncio or uvloop; auto takes uvloop where it is installed.
     workers: processes that serve, each with models of its own.
     worker_timeout: seconds that the event loop of a worker may be blocked once its
@@ -123,6 +130,8 @@ class ServerSettings:
     model_name: str = ""
     model_dir: str = "/mnt/models"
     storage_uri: str = ""
+    storage_allow_patterns: str = ""
+    storage_ignore_patterns: str = ""
     event_loop: str = "auto"
     workers: int = 1
     worker_timeout: float = 5.0
@@ -143,6 +152,9 @@ class Settings:
 
     server: ServerSettings = field(default_factory=ServerSettings)
     dispatch: DispatchSettings = field(default_factory=DispatchSettings)
+    forwarding: ForwardingSettings = field(default_factory=ForwardingSettings)
+    events: EventSettings = field(default_factory=EventSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
     connection: ConnectionLimits = field(default_factory=ConnectionLimits)
     wire: WireLimits = field(default_factory=WireLimits)
     given: frozenset[str] = frozenset()
@@ -151,6 +163,9 @@ class Settings:
 _GROUPS: dict[str, Any] = {
     "server": ServerSettings,
     "dispatch": DispatchSettings,
+    "forwarding": ForwardingSettings,
+    "events": EventSettings,
+    "parallel": ParallelSettings,
     "connection": ConnectionLimits,
     "wire": WireLimits,
 }
@@ -237,9 +252,7 @@ def make_settings(
             said[name] = (rank, origin)
     given = frozenset(values)
     if values.get("storage_uri"):
-        rank, origin = said["storage_uri"]
-        if rank > said.get("model_dir", (-1, ""))[0]:
-            values["model_dir"] = local_folder(values["storage_uri"], origin)
+        _place(values, said)
     return Settings(
         given=given,
         **{
@@ -253,6 +266,21 @@ def make_settings(
             for group, layer in _GROUPS.items()
         },
     )
+
+
+def _place(values: dict[str, Any], said: Mapping[str, tuple[int, str]]) -> None:
+    """Have model_dir be the folder that storage_uri leads to."""
+    uri = values["storage_uri"]
+    rank, origin = said["storage_uri"]
+    filters = []
+    for name in ("storage_allow_patterns", "storage_ignore_patterns"):
+        text = values.get(name, "")
+        patterns(text, said.get(name, (0, name))[1])
+        filters.append(text)
+    if rank > said.get("model_dir", (-1, ""))[0]:
+        values["model_dir"] = folder_for(uri, origin, *filters)
+    elif is_remote(uri):
+        source_of(uri, origin)
 
 
 def parse_flags(

@@ -47,6 +47,7 @@ def start(
     *,
     waits: bool,
     unloaded: tuple[str, ...],
+    loaded: tuple[str, ...],
 ) -> subprocess.Popen[bytes]:
     """Start this program once more, as a worker; its `Assignment` says what is given.
 
@@ -63,6 +64,7 @@ def start(
         "second": second,
         "waits": waits,
         "unloaded": unloaded,
+        "loaded": loaded,
     }
     # A terminal's Ctrl-C comes to every process. Until the worker listens to it, it
     # would end with a traceback: the signal waits, as a started process inherits that.

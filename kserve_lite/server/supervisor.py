@@ -22,7 +22,7 @@ import anyio
 import anyio.abc
 
 from kserve_lite.counters import Board, State
-from kserve_lite.errors import StartupError
+from kserve_lite.errors import KServeLiteError, StartupError
 from kserve_lite.metrics import RESTARTS
 from kserve_lite.server.child import Child
 from kserve_lite.server.control import Message
@@ -32,6 +32,7 @@ from kserve_lite.server.reloading import Reloading
 from kserve_lite.server.settings import Settings
 from kserve_lite.server.sockets import open_ports
 from kserve_lite.server.starting import command
+from kserve_lite.server.storage import fetch
 
 log = logging.getLogger("kserve_lite")
 
@@ -91,7 +92,10 @@ class Supervisor:
                     await self._tasks.start(self._watch_signals)
                 self._tasks.start_soon(self._look)
                 self._tasks.start_soon(self._orders.run)
+                await self._fetch()
                 for place in range(self._server.workers):
+                    if self._stopping.is_set():
+                        break
                     self._places.append(self._spawn(waits=False))
                     self._tasks.start_soon(self._keep, place)
                 if self._reloading is not None:
@@ -107,6 +111,21 @@ class Supervisor:
         if self._failure is not None:
             raise self._failure
 
+    async def _fetch(self) -> None:
+        """Fetch the model's files, on behalf of all workers, unless a stop comes."""
+        async with anyio.create_task_group() as tasks:
+
+            async def give_up() -> None:
+                await self._stopping.wait()
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(give_up)
+            try:
+                await fetch(self._server, bar=True)
+            except KServeLiteError as error:
+                self._fail(str(error))
+            tasks.cancel_scope.cancel()
+
     # --- workers ----------------------------------------------------------------------
 
     def _spawn(self, *, waits: bool) -> Child:
@@ -119,6 +138,7 @@ class Supervisor:
             ports=self._ports,
             waits=waits,
             unloaded=self._orders.unloaded,
+            loaded=self._orders.loaded,
         )
         self._children.append(child)
         self._tasks.start_soon(child.listen)
@@ -205,7 +225,7 @@ class Supervisor:
         """Hear what a worker says."""
         match message["kind"]:
             case "loaded":
-                child.accept(self._orders.unloaded)
+                child.accept(self._orders.unloaded, self._orders.loaded)
             case "ready":
                 self._was_ready = True
                 log.debug("%s is ready", child.name)
@@ -227,6 +247,9 @@ class Supervisor:
         """Replace every worker, one at a time, without a request failing."""
         if self._restarting:
             log.warning("SIGHUP: a restart is under way already")
+            return
+        if not self._places:
+            log.warning("SIGHUP: the model's files are not here yet")
             return
         self._restarting = True
         log.info("SIGHUP: restarting %d workers", self._server.workers)

@@ -28,6 +28,7 @@ from kserve_lite.records import Record
 from kserve_lite.rest.routes import ROUTES, match, origin_form
 from kserve_lite.server.access import MAX_PATH, MAX_WORD
 from kserve_lite.server.escaping import visible
+from kserve_lite.telling import failed
 from kserve_lite.version import __version__
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 # What W3C asks to pass on (Trace Context 3.3.1.5, Baggage 3.3.2); of more, nothing is.
 MAX_STATE = 512
 MAX_BAGGAGE = 8192
+_NOT_BEGUN = "a span could not be begun"
 # Seconds that a stop waits for spans to be sent.
 PATIENCE = 5.0
 
@@ -117,8 +119,15 @@ class Tracing:
         """Begin a request's span and make it current; before anything reads its ids.
 
         is_call: whether it is a gRPC call, which only those know who answer it: its
-        headers are the peer's. In the request's own task. `end()` must follow.
+        headers are the peer's. In the request's own task. `end()` must follow. Where
+        the program's sampler, propagator or span processor raises, there is no span.
         """
+        try:
+            self._begin(record, is_call)
+        except Exception as error:  # noqa: BLE001 - the program's code, see above
+            failed(_NOT_BEGUN, error)
+
+    def _begin(self, record: Record, is_call: bool) -> None:
         api = self._api
         parent = self._extract(self._carried(record), self._context.Context())
         name, attributes = _described(record, is_call)
@@ -159,9 +168,9 @@ class Tracing:
                 # There is no such method: a name that the peer made up is none for a
                 # span, however the call ended.
                 span.update_name("grpc _OTHER")
-            failed = _tell(span, record)
-            if failed:
-                span.set_attribute("error.type", failed)
+            error = _tell(span, record)
+            if error:
+                span.set_attribute("error.type", error)
                 span.set_status(self._api.StatusCode.ERROR)
         span.end()
 
@@ -175,16 +184,38 @@ class Tracing:
         """
         begun = time_ns()
         before = [(kind, times.get(kind, 0)) for kind in (QUEUE, BATCH)]
-        with self._tracer.start_as_current_span(name, start_time=begun) as span:
-            try:
-                yield
-            finally:
-                for kind, ns in before:
-                    waited = times.get(kind, 0) - ns
-                    if waited > 0 and span.is_recording():
-                        child = self._tracer.start_span(kind, start_time=begun)
-                        begun += waited
-                        child.end(begun)
+        span = self._child(name, begun)
+        if span is None:
+            yield
+            return
+        try:
+            with self._api.use_span(span):
+                try:
+                    yield
+                finally:
+                    waits = [(kind, times.get(kind, 0) - ns) for kind, ns in before]
+                    self._tell_waits(span, begun, waits)
+        finally:
+            _end(span)
+
+    def _tell_waits(self, span: Span, begun: int, waits: list[tuple[str, int]]) -> None:
+        """Tell how long each kind of waiting took, one after the other."""
+        for kind, waited in waits:
+            if waited > 0 and span.is_recording():
+                child = self._child(kind, begun)
+                begun += waited
+                if child is not None:
+                    _end(child, begun)
+
+    def _child(self, name: str, begun: int) -> Span | None:
+        """A span below the current one; None where it cannot be begun."""
+        try:
+            return self._tracer.start_span(  # type: ignore[no-any-return]
+                name, start_time=begun
+            )
+        except Exception as error:  # noqa: BLE001 - as in begin()
+            failed(_NOT_BEGUN, error)
+            return None
 
     def close(self) -> None:
         """Send the spans that are still here: waits, some 5 s at the most.
@@ -206,6 +237,14 @@ class Tracing:
             if value is not None and len(value) <= most and value.isascii():
                 found[name] = value
         return found
+
+
+def _end(span: Span, at: int | None = None) -> None:
+    """End a span of which a request must not learn what becomes of it."""
+    try:
+        span.end(at)
+    except Exception as error:  # noqa: BLE001 - span processors may be anybody's
+        failed("a span could not be ended", error)
 
 
 def _described(record: Record, is_call: bool) -> tuple[str, dict[str, str]]:

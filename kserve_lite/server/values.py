@@ -16,6 +16,7 @@ CHOICES = {
     "event_loop": ("auto", "asyncio", "uvloop"),
     "log_format": ("text", "json"),
     "log_level": ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+    "predictor_protocol": ("v1", "v2", "grpc-v2"),
 }
 # Numbers are 0 or more unless it is said here.
 LEAST: dict[str, float] = {
@@ -39,6 +40,7 @@ MOST: dict[str, float] = {
     # They go into 32 bits (RFC 9113 section 6.5.1).
     "max_streams": 2**31 - 1,
     "max_head_size": 2**31 - 1,
+    "predictor_request_retries": 100,
 }
 # 30 years: uvloop counts milliseconds in 64 bits.
 _MOST_OF = {int: 2**63 - 1, float: 10**9}

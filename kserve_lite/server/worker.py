@@ -53,7 +53,8 @@ class Assignment:
     """What a worker is given by its supervisor.
 
     control: connected to the supervisor. waits: whether to accept connections only when
-    its models are loaded. unloaded: names of models that are not to be.
+    its models are loaded. unloaded: names of models that are not to be. loaded: of
+    those that clients have had loaded.
     """
 
     control: socket.socket
@@ -62,6 +63,7 @@ class Assignment:
     ports: Ports
     waits: bool
     unloaded: tuple[str, ...]
+    loaded: tuple[str, ...]
 
     def fail(self, reason: str) -> None:
         """Tell the supervisor why this process ends."""
@@ -99,6 +101,7 @@ def assignment() -> Assignment | None:
         ),
         given["waits"],
         tuple(given["unloaded"]),
+        tuple(given["loaded"]),
     )
 
 
@@ -121,12 +124,13 @@ class Worker:
             self._admitted if given.waits else None,
             frozenset(given.unloaded),
             self._unloads,
+            given.loaded,
         )
         self.server: Server
         self._channel = Channel(self._take, self._orphaned)
         self._ids = count()
         self._answers: dict[int, asyncio.Future[None]] = {}
-        self._accept: asyncio.Future[list[str]]
+        self._accept: asyncio.Future[Message]
         self._orders: asyncio.Queue[Message] = asyncio.Queue()
         self._is_loaded = asyncio.Event()
         self._knows = threading.Event()  # that it has no supervisor
@@ -187,7 +191,7 @@ class Worker:
                 self.server.stop(at_once=message["at_once"])
             case "accept":
                 if not self._accept.done():
-                    self._accept.set_result(message["unloaded"])
+                    self._accept.set_result(message)
             case "order":
                 self._orders.put_nowait(message)
             case "answer":
@@ -240,9 +244,14 @@ class Worker:
     async def _admitted(self) -> None:
         """Wait until connections may be accepted, and be as the siblings are."""
         self._channel.say("loaded")
-        wanted = set(await self._accept)
-        for name in sorted(wanted ^ set(self._given.unloaded)):
+        now = await self._accept
+        wanted = set(now["unloaded"])
+        changed = wanted ^ set(self._given.unloaded)
+        for name in sorted(changed):
             await self._carry_out("unload" if name in wanted else "load", name)
+        # After those that were loaded when this process began.
+        since = set(now["loaded"]) - set(self._given.loaded) - changed
+        await self.server.bring(name for name in now["loaded"] if name in since)
 
     async def _unloads(self) -> None:
         """Tell that unload handlers follow, which may block the event loop."""

@@ -278,7 +278,9 @@ def v1_bodies(draw: st.DrawFn) -> bytes:
 
 
 FP32_A: dict[str, str | None] = {"a": "FP32"}
-BUILD_V1 = partial(v1._build, model_name="m", datatype_of=FP32_A.get, unnamed="x")
+BUILD_V1 = partial(
+    v1.build_tensors, model_name="m", datatype_of=FP32_A.get, unnamed="x"
+)
 
 
 def read_v1(body: bytes) -> InferRequest:

@@ -20,6 +20,7 @@ from torchvision.models import (  # type: ignore[import-untyped]
     alexnet,
 )
 
+from tests.deploy.web import started
 from tests.support import running
 
 ROOT = Path(__file__).parents[2]
@@ -62,9 +63,8 @@ def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alexnet_url(seeded: Path) -> Iterator[str]:
-    with running(
-        sys.executable, "app.py", "--model_dir", str(seeded), cwd=ALEXNET
-    ) as url:
+    """Its Procfile's web process."""
+    with started(ALEXNET, STORAGE_URI=str(seeded)) as url:
         yield url
 
 

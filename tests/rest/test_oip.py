@@ -12,9 +12,9 @@ import pytest
 from kserve_lite import InferRequest, InferResponse, Model, Tensor, TensorSpec
 from kserve_lite.rest.routes import ROUTES
 from tests.golden.models import MODELS
+from tests.golden.replay import RECORDS, request_bytes
 from tests.rest.oip import check
 from tests.support import RawAnswer, ServerThread, exchange
-from tests.test_golden import RECORDS, request_bytes
 
 JSON = {"content-type": "application/json"}
 

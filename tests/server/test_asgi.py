@@ -431,6 +431,78 @@ async def test_a_stop_finishes_what_is_in_flight() -> None:
     assert (request.status, json.loads(request.answer)) == (200, {"instances": [1]})
 
 
+@pytest.mark.parametrize("http_version", ["1.1", "2"])
+async def test_a_stop_waits_for_a_body_that_still_arrives(http_version: str) -> None:
+    unloaded: list[bool] = []
+    model = model_of(echo)
+    model.unload(lambda: unloaded.append(True))
+    app = asgi(model)
+    request = Scripted(http_version=http_version)
+    request.body(b'{"instances"', more=True)
+    async with anyio.create_task_group() as tasks:
+
+        async def live() -> None:
+            async with app:
+                tasks.start_soon(request.run, app)
+                await until(lambda: app._arriving)
+
+        tasks.start_soon(live)
+        await until(lambda: app._requests and app._application is None)
+        assert not request.sent
+        assert not unloaded
+        request.body(b": [1]}")
+    assert (request.status, json.loads(request.answer)) == (200, {"instances": [1]})
+    assert unloaded == [True]
+
+
+@pytest.mark.parametrize(("http_version", "closes"), [("1.1", True), ("2", False)])
+async def test_a_body_that_does_not_arrive_before_the_stop_is_over(
+    http_version: str, closes: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "kserve_lite.access")
+    app = asgi(model_of(echo), grace_period=0.1)
+    request = Scripted(http_version=http_version, headers=[(b"x-request-id", b"mine")])
+    request.body(b"{", more=True)
+    async with anyio.create_task_group() as tasks:
+        async with app:
+            tasks.start_soon(request.run, app)
+            await until(lambda: app._arriving)
+        # It has been answered, and all is told, when the stop is over.
+        assert request.status == 503
+        assert told(caplog) == [(503, len(request.answer), "mine")]
+    assert (request.headers.get(b"connection") == b"close") is closes
+    assert json.loads(request.answer) == {"error": "Server is not ready."}
+
+
+async def test_a_request_amid_the_stop_is_not_told_of_a_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = asgi(model_of(echo))
+    first, late = Scripted(), Scripted()
+    first.body(b"[", more=True)
+    late.body(b"[1]")
+    async with anyio.create_task_group() as tasks:
+
+        async def live() -> None:
+            async with app:
+                tasks.start_soon(first.run, app)
+                await until(lambda: app._arriving)
+
+        tasks.start_soon(live)
+        await until(lambda: app._requests and app._application is None)
+        await late.run(app)
+        assert late.status == 503
+        assert json.loads(late.answer) == {"error": "Server is not ready."}
+        assert caplog.text == ""
+        first.body(b"1]")
+    assert first.status == 200
+    again = Scripted()
+    again.body(b"[1]")
+    await again.run(app)
+    assert again.status == 503
+    assert "is not running" in caplog.text
+
+
 async def test_what_does_not_finish_is_told_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -500,6 +572,17 @@ async def test_settings() -> None:
         asgi(model_of(echo), max_bodysize=80)
     with pytest.raises(StartupError, match="no model"):
         asgi()
+
+
+async def test_events_are_answered_as_the_settings_say() -> None:
+    names = ("specversion", "id", "source", "type")
+    event = {f"ce-{name}": "1.0" for name in names}
+    app = asgi(model_of(echo), ce_type="T", ce_source="S")
+    async with app, client_of(app) as client:
+        path = "/v1/models/m:predict"
+        answer = await client.post(path, json=[1], headers=event)
+    assert answer.json() == [1]
+    assert [answer.headers[f"ce-{name}"] for name in names[2:]] == ["S", "T"]
 
 
 async def test_other_scopes() -> None:

@@ -587,3 +587,39 @@ def test_prometheus_client_is_not_imported_before_it_is_needed() -> None:
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+IMPORTS = """
+import sys, threading
+from kserve_lite import Model
+from kserve_lite.testing import Client
+
+class Spy:
+    found = []
+    def find_spec(self, name, path=None, target=None):
+        self.found.append((name.partition(".")[0], threading.get_ident()))
+
+loops = set()
+async def predict(payload):
+    loops.add(threading.get_ident())
+    return payload
+
+sys.meta_path.insert(0, Spy())
+with Client(Model("m", predict=predict)) as client:
+    client.predict([1])
+    assert all(name != "prometheus_client" for name, _ in Spy.found)
+    client.request("GET", "/metrics")
+    first = [thread for name, thread in Spy.found if name == "prometheus_client"]
+    assert first and not loops & set(first), (loops, first)
+    Spy.found.clear()
+    threads = threading.active_count()
+    for accept in ("", "application/openmetrics-text;version=1.0.0", "x/y"):
+        client.request("GET", "/metrics", headers={"accept": accept})
+    assert threads == threading.active_count()
+    assert all(name != "prometheus_client" for name, _ in Spy.found), Spy.found
+"""
+
+
+def test_the_first_scrape_holds_up_no_event_loop_with_imports() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True, env=environment)

@@ -38,8 +38,19 @@ ssl_certfile ssl_keyfile timeout_keep_alive workers
 )
 
 
+# What some settings are about, without which they make no sense.
+_PREDICTOR = {"predictor_host": "predictor"}
+NEEDS = {
+    "predictor_protocol": _PREDICTOR,
+    "predictor_use_ssl": _PREDICTOR,
+    "enable_predictor_health_check": _PREDICTOR,
+}
+
+
 def another(setting: Setting) -> Any:
     """A value that is not the default."""
+    if setting.name.endswith("_host"):
+        return "predictor:8080"
     if setting.name in CHOICES:
         return CHOICES[setting.name][-1]
     if setting.type is bool:
@@ -105,6 +116,12 @@ def test_environment_variables_are_those_of_the_contract() -> None:
     assert set(shown) == {
         "PORT",
         "STORAGE_URI",
+        "STORAGE_ALLOW_PATTERNS",
+        "STORAGE_IGNORE_PATTERNS",
+        "CE_TYPE",
+        "CE_SOURCE",
+        "CE_MERGE",
+        "REQUESTS_CA_BUNDLE",
         "KSERVE_LOGLEVEL",
         "KSERVE_TLS_CERT_FILE",
         "KSERVE_TLS_KEY_FILE",
@@ -117,8 +134,10 @@ def test_flags_and_arguments_agree(name: str) -> None:
     assert value != known_settings()[name].default
     spelt = name.replace("_", "-")
     _, flags = parse_flags([f"--{spelt}", str(value)], "prog", "text")
-    made = make_settings(flags=flags)
-    assert made == make_settings({name: value}) == make_settings({name: str(value)})
+    needs = NEEDS.get(name, {})
+    made = make_settings(flags=flags | needs)
+    assert made == make_settings({name: value} | needs)
+    assert made == make_settings({name: str(value)} | needs)
     assert value_of(made, name) == value
 
 
@@ -137,6 +156,7 @@ def test_each_source_beats_the_next(variable: str, name: str) -> None:
     of_argument, of_environment, of_flag = {
         "http_port": ("1", "2", "3"),
         "log_level": ("DEBUG", "ERROR", "CRITICAL"),
+        "ce_merge": ("True", "False", "True"),
         "storage_uri": ("/", "/proc", "/sys"),
     }.get(name, ("a", "b", "c"))
 
@@ -386,6 +406,40 @@ def test_several_models_cannot_be_renamed() -> None:
     ):
         pass
     assert [model.name for model in models] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"predictor_protocol": "v2"}, "predictor_protocol needs predictor_host"),
+        ({"predictor_use_ssl": True}, "predictor_use_ssl needs predictor_host"),
+        (
+            {"enable_predictor_health_check": True, "explainer_host": "e"},
+            "enable_predictor_health_check needs predictor_host",
+        ),
+        ({"predictor_protocol": "v3", "predictor_host": "p"}, "v1, v2, grpc-v2"),
+        ({"predictor_host": "http://p"}, "without a scheme"),
+        ({"predictor_host": "p:0"}, "host:port"),
+        ({"predictor_host": "p:65536"}, "host:port"),
+        ({"predictor_host": "p q"}, "host:port"),
+        ({"predictor_host": "u@p"}, "host:port"),
+        ({"predictor_host": "p/a?b"}, "host:port"),
+        ({"explainer_host": ":80"}, "explainer_host must be host"),
+        ({"predictor_host": "p/a", "predictor_protocol": "grpc-v2"}, "has a path"),
+        ({"predictor_request_retries": 101}, "at most 100"),
+        ({"predictor_request_timeout_seconds": -1}, "at least 0"),
+    ],
+)
+def test_forwarding_that_makes_no_sense(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        make_settings(wrong)
+
+
+@pytest.mark.parametrize("host", ["p", "p:80", "[::1]:8080", "a_b.ns.svc", "p/x/y/"])
+def test_hosts_that_are_forwarded_to(host: str) -> None:
+    made = make_settings({"predictor_host": host, "explainer_host": host}).forwarding
+    assert made.predictor_host == made.explainer_host == host
+    make_settings({"predictor_use_ssl": True, "explainer_host": host})
 
 
 def test_environment_errors_name_the_variable() -> None:

@@ -11,13 +11,13 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import httpx
 import numpy as np
 import pytest
-from opentelemetry import baggage, trace
+from opentelemetry import baggage, propagate, trace
 from opentelemetry.exporter.otlp.proto.common._internal.trace_encoder import (
     encode_spans,
 )
@@ -27,7 +27,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON, Sampler, SamplingResult
 from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from kserve_lite import Model, serve, telling
 from kserve_lite.errors import StartupError
@@ -476,6 +478,97 @@ def test_a_processor_that_fails_hurts_no_request(
     assert [r.getMessage() for r in failures] == [
         "the tracing of a request failed; it is said only once"
     ]
+
+
+class BrokenSampler(Sampler):
+    """Fails at spans of some kinds."""
+
+    def __init__(self, *kinds: SpanKind) -> None:
+        self.kinds = kinds
+
+    def should_sample(self, *args: Any, **kwargs: Any) -> SamplingResult:
+        kind = kwargs.get("kind", args[3] if len(args) > 3 else None)
+        if kind in self.kinds:
+            raise ValueError("a sampler's")
+        return ALWAYS_ON.should_sample(*args, **kwargs)
+
+    def get_description(self) -> str:
+        return "broken"
+
+
+class BrokenPropagator(TraceContextTextMapPropagator):
+    def extract(self, *_: Any, **__: Any) -> Any:
+        raise ValueError("a propagator's")
+
+
+class BrokenProcessor(SpanProcessor):
+    def on_end(self, span: ReadableSpan) -> None:
+        if span.kind is not SpanKind.SERVER:
+            raise ValueError("a processor's")
+
+
+OVER: tuple[Literal["json", "grpc"], ...] = ("json", "grpc", "json")
+NOT_BEGUN = "a span could not be begun; it is said only once"
+NOT_ENDED = "a span could not be ended; it is said only once"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        # The children of a request without a span are there.
+        (BrokenSampler(SpanKind.SERVER), {"predict", "queue", "batch"}, NOT_BEGUN),
+        (BrokenPropagator(), {"predict", "queue", "batch"}, NOT_BEGUN),
+        (BrokenSampler(SpanKind.INTERNAL), {"POST", INFER[1:]}, NOT_BEGUN),
+        (BrokenSampler(SpanKind.SERVER, SpanKind.INTERNAL), set(), NOT_BEGUN),
+        (BrokenProcessor(), {"POST", INFER[1:]}, NOT_ENDED),
+    ],
+)
+def test_a_programs_own_code_that_fails_hurts_no_request(
+    case: tuple[Any, set[str], str],
+    exported: TracerProvider,
+    exporter: InMemorySpanExporter,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broken, names, said = case
+    monkeypatch.setattr(telling, "_said", set())
+    if isinstance(broken, Sampler):
+        exported.sampler = broken
+    elif isinstance(broken, SpanProcessor):
+        first = exported._active_span_processor._span_processors
+        exported._active_span_processor._span_processors = (broken, *first)
+    else:
+        monkeypatch.setattr(propagate, "extract", broken.extract)
+    batched, failing = Model("m"), Model("f")
+
+    @batched.predict(max_batch_size=2)
+    async def double(x: np.ndarray) -> np.ndarray:
+        return 2 * x
+
+    @failing.predict
+    def fail(payload: Any) -> Any:
+        raise ValueError("a handler's")
+
+    with Client(batched, failing, enable_tracing=True) as client:
+        for over in OVER:
+            answer = client.infer({"x": np.ones(2)}, "m", over=over)
+            assert answer["output-0"].tolist() == [2, 2]
+        ids = {"x-request-id": "mine"}
+        path = "/v1/models/f:predict"
+        failed = client.request("POST", path, json={}, headers=ids)
+        assert failed.status == 500
+        assert failed.headers["x-request-id"] == "mine"
+        counted = client.request("GET", "/metrics").body.decode()
+    (predicted,) = [
+        line
+        for line in counted.splitlines()
+        if "requests_total{" in line and 'code="500"' in line
+    ]
+    assert predicted.endswith(" 1.0")
+    found = {span.name.partition(" ")[0] for span in exporter.get_finished_spans()}
+    assert found - {"GET"} == names
+    ours = [r.getMessage() for r in caplog.records if "once" in r.getMessage()]
+    assert ours == [said]
 
 
 # --- whose provider ------------------------------------------------------------------

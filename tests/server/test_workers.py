@@ -364,7 +364,7 @@ def test_a_long_reason_is_told() -> None:
     with contextlib.suppress(BlockingIOError):
         while True:
             filled += theirs.send(b"x" * 1000)
-    given = Assignment(theirs, Board(), 0, Ports([], []), False, ())
+    given = Assignment(theirs, Board(), 0, Ports([], []), False, (), ())
     said = bytearray()
 
     def fail() -> None:
@@ -558,7 +558,7 @@ def test_a_load_that_fails_is_told(shared: Fleet) -> None:
     assert status == 503
     assert "What was loaded before still answers." in answer["error"]
     assert len(shared.serving(2)) == 2
-    assert shared.ask("/v2/repository/models/other/load", {})[0] == 404
+    assert shared.ask("/v2/repository/models/other/load", {})[0] == 503
 
 
 def test_loads_that_wait_are_bounded(shared: Fleet) -> None:
@@ -577,6 +577,44 @@ def test_loads_that_wait_are_bounded(shared: Fleet) -> None:
         statuses = Counter(status_of(connection) for connection in connections)
         assert statuses == {200: MOST + 1, 503: 4}
         assert shared.ready()
+
+
+def test_a_load_that_takes_too_long_is_told_so(folder: Path) -> None:
+    """And what was told not to be done is not done later; what runs, goes on."""
+    text = APP.replace("def load():", "def load():\n    open('loads', 'a').write('x')")
+    text = text.replace(
+        "    run(model)",
+        "    from kserve_lite.server import orders\n"
+        "    orders.TIMEOUT = 0.5\n"
+        "    run(model)",
+    )
+    (folder / "app.py").write_text(text)
+    loads = folder / "loads"
+    with Fleet(folder) as fleet, fleet.kept(2) as connections:
+        workers = fleet.serving(2)
+        loads.write_text("")
+        (folder / "load waits").touch()
+        for connection in connections:
+            connection.request("POST", "/v2/repository/models/m/load", "{}")
+        for connection in connections:
+            with connection.getresponse() as response:
+                assert response.status == 503
+                assert json.loads(response.read()) == {
+                    "error": "Model with name m is not ready. "
+                    "Not all workers have obeyed in time."
+                }
+        until(lambda: loads.stat().st_size == 2)  # both workers have begun
+        (folder / "load waits").unlink()
+        tries: list[int] = []
+
+        def loaded() -> bool:
+            tries.append(fleet.ask("/v2/repository/models/m/load", {})[0])
+            return tries[-1] == 200
+
+        until(loaded)
+        assert loads.stat().st_size <= 2 + 2 * len(tries)
+        assert fleet.ready()
+        assert fleet.serving(2) == workers
 
 
 def test_workers_that_come_and_go_amid_a_load(folder: Path) -> None:

@@ -99,8 +99,9 @@ def decode(parsed: Parsed) -> tuple[InferRequest, bool]:
         model_version=message.model_version or None,
         parameters=_parameters(message.parameters) if message.parameters else {},
         outputs=outputs,
+        raw=bool(raw),
     )
-    return request, bool(raw)
+    return request, request.raw
 
 
 def _shape(given: Any, name: str) -> tuple[int, ...]:
