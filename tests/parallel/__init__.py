@@ -1,0 +1,1 @@
+"""Replicas on Ray Serve, with a real Ray: `pytest -m ray` runs these alone."""
