@@ -24,8 +24,10 @@ lint: $(VENV)/test-installed
 types: $(VENV)/test-installed
 	$(BIN)/mypy
 
+# Two at a time, file by file: most tests wait for something. `pytest -m "not ray"`
+# leaves out those that start Ray, which take half of the time.
 tests: $(VENV)/test-installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 bench: $(VENV)/installed
 	$(BIN)/python bench/compare.py

@@ -15,7 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import grpc
 import httpx
+import numpy as np
+
+from kserve_lite import InferResponse
+from kserve_lite.codecs.proto import message_class
+from kserve_lite.codecs.v2_client import asked, read_proto, write_proto
 
 ROOT = Path(__file__).parents[2]
 # Seconds, on a machine that is busy with other things.
@@ -142,6 +148,56 @@ def together(*calls: Callable[[], Any]) -> Iterator[list[Any]]:
     finally:
         for thread in threads:
             thread.join()
+
+
+class Grpc:
+    """A client of a server's gRPC, with messages of the pool that kserve-lite has."""
+
+    def __init__(self, address: str) -> None:
+        options = [
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_send_message_length", -1),
+        ]
+        self._channel = grpc.insecure_channel(address, options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def infer(self, model: str, array: np.ndarray) -> InferResponse:
+        """Send an array as the input x; raises grpc.RpcError."""
+        call = self._channel.unary_unary(
+            f"{SERVICE}/ModelInfer",
+            request_serializer=_written,
+            response_deserializer=message_class(
+                "inference.ModelInferResponse"
+            ).FromString,
+        )
+        return read_proto(call(_request(model, array), timeout=PATIENCE))
+
+    def stream(self, model: str, array: np.ndarray) -> list[InferResponse]:
+        call = self._channel.stream_stream(
+            f"{SERVICE}/ModelStreamInfer",
+            request_serializer=_written,
+            response_deserializer=message_class(
+                "inference.ModelStreamInferResponse"
+            ).FromString,
+        )
+        answers = call(iter([_request(model, array)]), timeout=PATIENCE)
+        return [read_proto(answer.infer_response) for answer in answers]
+
+
+SERVICE = "/inference.GRPCInferenceService"
+
+
+def _request(model: str, array: np.ndarray) -> Any:
+    return write_proto(asked({"x": array}, {}, ()), model=model, version=None)
+
+
+def _written(message: Any) -> bytes:
+    return bytes(message.SerializeToString())
 
 
 def rows(response: httpx.Response, output: str) -> Any:

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import numpy as np
 import pytest
-import tritonclient.grpc as triton
 
 from tests.parallel.processes import (
     PATIENCE,
+    Grpc,
     Program,
     alive,
     below,
@@ -121,11 +122,9 @@ def test_v1_and_v2_json(server: Program) -> None:
 @pytest.mark.parametrize("columns", [3, 1_000_000], ids=["small", "large"])
 def test_binary_tensors(server: Program, columns: int) -> None:
     array = np.arange(columns, dtype=np.float32)[None]
-    tensor = triton.InferInput("x", array.shape, "FP32")
-    tensor.set_data_from_numpy(array)
-    with triton.InferenceServerClient(server.address) as client:
-        result = client.infer("tensors", [tensor], headers={"x-request-id": "g"})
-    np.testing.assert_array_equal(result.as_numpy("y"), array * 2)
+    with Grpc(server.address) as client:
+        (doubled, _) = client.infer("tensors", array).outputs
+    np.testing.assert_array_equal(doubled.array, array * 2)
 
     raw = array.tobytes()
     head = (
@@ -186,16 +185,15 @@ def test_statuses(server: Program) -> None:
 
 
 def test_statuses_of_grpc(server: Program) -> None:
-    tensor = triton.InferInput("x", [1], "FP32")
-    tensor.set_data_from_numpy(np.zeros(1, np.float32))
-    with triton.InferenceServerClient(server.address) as client:
-        with pytest.raises(triton.InferenceServerException) as caught:
-            client.infer("tensors", [tensor])
-        assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
-        with pytest.raises(triton.InferenceServerException) as caught:
-            client.infer("many", [tensor])  # its handler takes JSON
-        assert caught.value.status() == "StatusCode.INTERNAL"
-        assert "Internal server error" in str(caught.value)
+    array = np.zeros(1, np.float32)
+    with Grpc(server.address) as client:
+        with pytest.raises(grpc.RpcError) as caught:
+            client.infer("tensors", array)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        with pytest.raises(grpc.RpcError) as caught:
+            client.infer("many", array)  # its handler takes JSON
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert "Internal server error" in caught.value.details()
 
 
 def test_deadline(server: Program) -> None:
@@ -269,16 +267,9 @@ def test_streams_of_other_protocols(server: Program) -> None:
     )
     assert re.findall(r'"text_output":"(.*?)"', response.text) == ["one ", "two"]
 
-    tensor = triton.InferInput("x", [3], "FP32")
-    tensor.set_data_from_numpy(np.arange(3, dtype=np.float32))
-    answers: list[Any] = []
-    with triton.InferenceServerClient(server.address) as client:
-        client.start_stream(lambda result, error: answers.append((result, error)))
-        client.async_stream_infer("stream", [tensor])
-        wait_for(lambda: len(answers) == 3)
-        client.stop_stream()
-    assert [error for _, error in answers] == [None] * 3
-    numbers = [result.as_numpy("output-0").tolist() for result, _ in answers]
+    with Grpc(server.address) as client:
+        answers = client.stream("stream", np.arange(3, dtype=np.float32))
+    numbers = [answer.outputs[0].array.tolist() for answer in answers]
     assert numbers == [[0], [1], [2]]
 
 

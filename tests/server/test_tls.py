@@ -310,7 +310,12 @@ def client_hello() -> bytes:
 HELLO = client_hello()
 
 
-@pytest.mark.parametrize("sent", [b"", HELLO[:1], HELLO[:50], HELLO])
+# Named, since a hello is random, and the name of a test must not be.
+@pytest.mark.parametrize(
+    "sent",
+    [b"", HELLO[:1], HELLO[:50], HELLO],
+    ids=["nothing", "a byte", "a part", "a hello"],
+)
 async def test_a_handshake_that_does_not_end_is_cut(
     authority: Authority, sent: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -322,7 +327,9 @@ async def test_a_handshake_that_does_not_end_is_cut(
             assert not server._listener._connections
 
 
-@pytest.mark.parametrize("sent", [b"", HELLO[:50], HELLO])
+@pytest.mark.parametrize(
+    "sent", [b"", HELLO[:50], HELLO], ids=["nothing", "a part", "a hello"]
+)
 async def test_a_client_that_leaves_in_the_handshake_is_forgotten(
     authority: Authority, sent: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -338,7 +345,9 @@ async def test_a_client_that_leaves_in_the_handshake_is_forgotten(
                         await anyio.sleep(0.005)
 
 
-@pytest.mark.parametrize("sent", [b"", HELLO[:50], HELLO])
+@pytest.mark.parametrize(
+    "sent", [b"", HELLO[:50], HELLO], ids=["nothing", "a part", "a hello"]
+)
 async def test_a_stop_does_not_wait_for_handshakes(
     authority: Authority, sent: bytes
 ) -> None:
