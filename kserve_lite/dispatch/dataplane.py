@@ -241,12 +241,18 @@ class DataPlane:
             raise ModelNotReady(model.name)
 
     async def infer(
-        self, model: Model, plan: Plan, payload: Any, context: Context
+        self,
+        model: Model,
+        plan: Plan,
+        payload: Any,
+        context: Context,
+        times: Times | None = None,
     ) -> Answer:
         """Run a model's handlers on a payload.
 
         plan: the model's plan for a verb. payload: an InferRequest, or decoded JSON
-        where the plan's first handler takes JSON on V1 and generate.
+        where the plan's first handler takes JSON on V1 and generate. times: is filled,
+        for a caller that wants to know what took how long.
         Raises InferenceFault, and nothing else of what handlers raise.
         """
         running = self.running.get(model)
@@ -254,17 +260,18 @@ class DataPlane:
             raise ModelNotReady(model.name)
         running.in_flight += 1
         started = perf_counter_ns()
-        times: Times | None = None
         task: asyncio.Task[Any] | None = None
         entry = plan[0]
         stage = entry.stage
         try:
             task = self._deadlines.begin(context)
-            if entry.is_plain and len(plan) == 1 and not running.is_staged:
+            is_short = entry.is_plain and len(plan) == 1 and not running.is_staged
+            if is_short and times is None:
                 # The shortest way, for the most frequent model.
                 value = await entry.function(payload)
             else:
-                times = {}
+                if times is None:
+                    times = {}
                 value = await self.stages.run(plan, payload, running, context, times)
             self._deadlines.end(task)
             if context.protocol != "v2" and streams(type(value)):  # type: ignore[arg-type]

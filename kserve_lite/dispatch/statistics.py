@@ -114,6 +114,23 @@ class Statistics:
             if part in self._stages:
                 self._stages[Stage(part)].observe(ns)
 
+    def add_elsewhere(self, times: Times) -> None:
+        """Add what a request of this model's was spent on in another process.
+
+        But not on predict and explain: theirs is the whole way there and back, which
+        `count` has.
+        """
+        waiting = waited(times)
+        if waiting:
+            self._queued.observe(waiting)
+        for stage in (Stage.PREPROCESS, Stage.POSTPROCESS):
+            if stage in times:
+                known = self._stages.get(stage)
+                if known is None:
+                    known = _STAGES[stage].on(self._sheet, self._name)
+                    self._stages[stage] = known
+                known.observe(times[stage])
+
     def add_batch(self, rows: int, ns: int) -> None:
         """Count a call of a handler for several requests' rows."""
         at = self._batches.get(rows)

@@ -58,13 +58,14 @@ class Outcome(NamedTuple):
     """What became of a request, or of the beginning of a stream.
 
     value: the answer, unless there is a fault. items: whether `value` is a list of what
-    a handler's iterator gave.
+    a handler's iterator gave. times: nanoseconds by stage, and of waiting.
     """
 
     value: Any = None
     headers: Mapping[str, str] = {}
     fault: Fault | None = None
     items: bool = False
+    times: Mapping[str, int] = {}
 
 
 def fault_of(error: InferenceFault) -> Fault:

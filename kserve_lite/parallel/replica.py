@@ -17,6 +17,7 @@ from typing import Any
 from kserve_lite.dispatch.dataplane import DataPlane
 from kserve_lite.dispatch.repository import Repository
 from kserve_lite.dispatch.settings import DispatchSettings
+from kserve_lite.dispatch.statistics import Times
 from kserve_lite.errors import InferenceFault, ModelNotReady, Unsupported
 from kserve_lite.handlers import Stage
 from kserve_lite.messages import Context, JsonAnswer, RawAnswer, StreamAnswer
@@ -61,18 +62,20 @@ class Replica:
         """Answer a request whole."""
         gone = asyncio.Event()  # for handlers in threads, which nobody can cancel
         context = self._context(asked, gone)
+        times: Times = {}
         try:
-            answer = await self._infer(verb, payload, context)
+            answer = await self._infer(verb, payload, context, times)
             if not isinstance(answer, StreamAnswer):
-                return Outcome(_value(answer), context.response_headers)
+                headers = context.response_headers
+                return Outcome(_value(answer), headers, times=times)
             async with aclosing(answer.items) as items:
                 values = [_value(item) async for item in _some(items)]
         except InferenceFault as fault:
-            return Outcome(fault=fault_of(fault))
+            return Outcome(fault=fault_of(fault), times=times)
         except asyncio.CancelledError:
             gone.set()
             raise
-        return Outcome(values, context.response_headers, items=True)
+        return Outcome(values, context.response_headers, items=True, times=times)
 
     async def stream(
         self, verb: Stage, payload: Any, asked: Asked
@@ -82,7 +85,7 @@ class Replica:
         context = self._context(asked, gone)
         begun = False
         try:
-            answer = await self._infer(verb, payload, context)
+            answer = await self._infer(verb, payload, context, {})
             if not isinstance(answer, StreamAnswer):
                 yield Outcome(headers=context.response_headers)
                 yield _value(answer)
@@ -123,12 +126,15 @@ class Replica:
             asked.record(gone.is_set),
         )
 
-    async def _infer(self, verb: Stage, payload: Any, context: Context) -> Any:
+    async def _infer(
+        self, verb: Stage, payload: Any, context: Context, times: Times
+    ) -> Any:
         dataplane, model = self._dataplane, self._model
         dataplane.find(model.name, model.version)  # admission, as at a server's door
         if model.is_checked:
             await dataplane.check(model)
-        return await dataplane.infer(model, model.plan(verb), payload, context)
+        plan = model.plan(verb)
+        return await dataplane.infer(model, plan, payload, context, times)
 
 
 def _value(answer: Any) -> Any:

@@ -26,6 +26,7 @@ from typing import Any
 import anyio
 
 from kserve_lite.dispatch.settings import DispatchSettings
+from kserve_lite.dispatch.statistics import Times
 from kserve_lite.errors import (
     InferenceError,
     InferenceFault,
@@ -60,11 +61,19 @@ ATTEMPTS = 3
 LARGE = 1024 * 1024
 
 
-def replicated(model: Model, cluster: Cluster, settings: DispatchSettings) -> Model:
-    """Return the model that stands for the replicas of a model with a deployment."""
+def replicated(
+    model: Model,
+    cluster: Cluster,
+    settings: DispatchSettings,
+    count: Callable[[Model, Times], None],
+) -> Model:
+    """Return the model that stands for the replicas of a model with a deployment.
+
+    count: is told what each request was spent on in its replica.
+    """
     model.freeze()
     handlers: dict[Stage, Handler] = {}
-    front = _Front(model, cluster, settings)
+    front = _Front(model, cluster, settings, count)
     cluster.planned.append(front.begin)
     lives: dict[Stage, Callable[..., Any]] = {
         Stage.LOAD: front.load,
@@ -125,7 +134,9 @@ class _Front:
         original: Model,
         cluster: Cluster,
         settings: DispatchSettings,
+        count: Callable[[Model, Times], None],
     ) -> None:
+        self._count_times = count
         self._original = original
         self._deployment = original.deployment or Deployment(1)
         self._cluster = cluster
@@ -272,6 +283,7 @@ class _Front:
     ) -> Any:
         """The whole answer; of an iterator, what it has given."""
         outcome = await self._ask(verb, payload, context, state)
+        self._count_times(self.model, dict(outcome.times))
         if outcome.fault is not None:
             raise raised(outcome.fault, context.request_id)
         context.response_headers.update(outcome.headers)

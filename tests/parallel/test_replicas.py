@@ -95,6 +95,21 @@ def test_large_json_both_ways(server: Program) -> None:
     assert answer["size"] == len(answer["answer"]) == size
 
 
+def test_the_stages_of_a_replica_are_counted(server: Program) -> None:
+    def counts() -> dict[str, float]:
+        text = server.http.get("/metrics").text
+        found = re.findall(
+            r'^request_(\w+)_seconds_count\{model_name="tensors"\} (\S+)', text, re.M
+        )
+        return {stage: float(number) for stage, number in found}
+
+    before = counts()
+    assert server.predict("tensors", {"instances": [[1, 2]]}).status_code == 200
+    after = counts()
+    for stage in ("preprocess", "predict", "postprocess"):
+        assert after[stage] == before.get(stage, 0) + 1
+
+
 def test_explain(server: Program) -> None:
     response = server.post("/v1/models/many:explain", {"instances": [1, 2]})
     assert response.json() == {"explanations": [1, 2]}
