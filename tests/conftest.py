@@ -11,3 +11,13 @@ import pytest
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     """Every async test runs on both event loops."""
     return "asyncio", {"use_uvloop": request.param}
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes that are no words are named by their argument, with a number.
+
+    pytest-xdist's processes must give a test the same name; compressed data has a time.
+    """
+    if isinstance(val, bytes) and not (val.isascii() and val.decode().isprintable()):
+        return argname
+    return None

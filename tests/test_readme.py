@@ -21,6 +21,7 @@ import httpx
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+from kserve_lite import Model
 from kserve_lite.rest.routes import ROUTES
 from kserve_lite.server.settings import known_settings
 from tests.support import ServerThread, running
@@ -146,6 +147,14 @@ def test_a_program_of_kserves_moves_as_shown(tmp_path: Path) -> None:
     # Nothing but the import differs from what KServe's own SDK takes.
     before = program.replace("kserve_lite.compat", "kserve")
     assert "from kserve import Model, ModelServer" in before
+
+
+def test_a_model_with_replicas_is_declared_as_shown() -> None:
+    """That it serves is shown in tests/parallel, where Ray is."""
+    names: dict[str, Any] = {"Model": Model}
+    exec(snippet('Model("big"'), names)
+    deployment = names["model"].deployment
+    assert (deployment.replicas, deployment.options) == (2, {"num_gpus": 0.5})
 
 
 def test_grpc_and_http2_on_the_same_port(folder: Path) -> None:

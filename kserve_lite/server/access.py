@@ -168,14 +168,13 @@ class _Text:
         # The second that stamps are of, by the clock of records, and its beginning.
         self._begun = 0
         self._stamp = b""
-        process = f" {os.getpid()} {log.name} "
-        self._moments = [f"{ms:03d}{process}".encode() for ms in range(1000)]
+        self._process = f" {os.getpid()} {log.name} "
         self._words: dict[_Known, tuple[bytes, bytes]] = {}
         self._numbers: dict[int, bytes] = {}
         self._times: dict[int, bytes] = {}
 
     def lines(self, records: list[Record], since: int) -> bytes:
-        begun, stamp, moments = self._begun, self._stamp, self._moments
+        begun, stamp = self._begun, self._stamp
         words, numbers, times = self._words, self._numbers, self._times
         pieces: list[bytes] = []
         for record in records:
@@ -199,7 +198,7 @@ class _Text:
             before, after = words.get(known) or self._describe(record, known)
             pieces += (
                 stamp,
-                moments[passed // 1_000_000],
+                _THREE_DIGITS[passed // 1_000_000],
                 before,
                 numbers.get(sent) or _remember(numbers, sent, b"%d " % sent),
                 times.get(hundredths)
@@ -221,10 +220,11 @@ class _Text:
         return self._begun, self._stamp
 
     def _describe(self, record: Record, known: _Known) -> tuple[bytes, bytes]:
-        """What a line says before the size of the answer, and after its time."""
+        """What a line says from its time to the answer's size, and after the latter."""
         path = visible(_path(record.target), MAX_PATH)
         request = f"{visible(record.method, MAX_WORD)} {path} HTTP/{record.http}"
-        before = f'{_word(record.peer)} "{request}" {self._code(record.code)} '
+        process, code = self._process, self._code(record.code)
+        before = f'{process}{_word(record.peer)} "{request}" {code} '
         after = f"ms {record.protocol} {_word(record.model)} id="
         words = _encoded(before), _encoded(after)
         if len(record.target) + len(record.model) + len(record.method) <= SHORT:
@@ -317,6 +317,7 @@ def _statuses(code: int | str) -> tuple[int | None, str | None]:
     return (200, code) if code else (None, None)
 
 
+_THREE_DIGITS = tuple(b"%03d" % number for number in range(1000))
 _TRACE_ID = slice(3, 35)  # of a traceparent
 # What is remembered of each kind.
 MOST = 1024

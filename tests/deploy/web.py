@@ -26,15 +26,14 @@ def web(tree: Path) -> tuple[str, Path]:
     return found[1], tree / program
 
 
-@contextmanager
-def started(tree: Path, **variables: str) -> Iterator[str]:
-    """Run the web process as a buildpack's image does; it must stop when it is told to.
+def begun(tree: Path, **variables: str) -> subprocess.Popen[str]:
+    """Begin the web process as a buildpack's image does.
 
     PORT is 0, for which the system gives a free port.
     """
     command, _ = web(tree)
     scripts = Path(sys.executable).parent
-    process = subprocess.Popen(
+    return subprocess.Popen(
         # The image listens everywhere, a test on this machine only.
         ["bash", "-c", f"{command} --host 127.0.0.1"],
         cwd=tree,
@@ -49,6 +48,12 @@ def started(tree: Path, **variables: str) -> Iterator[str]:
             **variables,
         },
     )
+
+
+@contextmanager
+def started(tree: Path, **variables: str) -> Iterator[str]:
+    """Run the web process; it must stop when it is told to."""
+    process = begun(tree, **variables)
     try:
         url = banner_url(process)
         assert not url.endswith(":8080")  # the default, without PORT

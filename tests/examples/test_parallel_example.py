@@ -13,10 +13,9 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import httpx
 import pytest
@@ -27,7 +26,8 @@ from torchvision.models import (  # type: ignore[import-untyped]
     alexnet,
 )
 
-from tests.deploy.web import ROOT, web
+from tests.deploy.web import ROOT, begun
+from tests.parallel.processes import alive, below, wait_for
 from tests.support import banner_url
 
 pytestmark = pytest.mark.ray
@@ -60,20 +60,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         pixels = WEIGHTS.transforms()(picture.convert("RGB")).unsqueeze(0)
     with torch.inference_mode():
         top = network(pixels).softmax(1).topk(5)
-    command, _ = web(EXAMPLE)
-    scripts = Path(sys.executable).parent
-    process = subprocess.Popen(
-        ["bash", "-c", f"exec {command} --host 127.0.0.1 --model_dir {folder}"],
-        cwd=EXAMPLE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "PATH": f"{scripts}:{os.environ['PATH']}",
-            "PORT": "0",
-        },
-    )
+    process = begun(EXAMPLE, STORAGE_URI=str(folder))
     try:
         url = banner_url(process)
         yield Served(url, process, top.indices[0].tolist(), top.values[0].tolist())
@@ -146,47 +133,10 @@ def test_what_is_no_picture_is_refused(served: Served, sent: bytes) -> None:
 
 def test_two_replicas_and_a_stop_that_leaves_none(served: Served) -> None:
     """The last test: it stops the server."""
-    below = descendants(served.process.pid)
-    replicas = [name for name in below.values() if name.startswith("ray::ServeReplica")]
-    assert len(replicas) == 2
+    children = below(served.process.pid)
+    names = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in alive(children)]
+    assert sum(name.startswith(b"ray::ServeReplica") for name in names) == 2
     served.process.send_signal(signal.SIGTERM)
     _, said = served.process.communicate(timeout=60)
     assert served.process.returncode == 0, said
-    end = time.monotonic() + 10
-    while (left := still(below)) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not left
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """All processes below one, with their command lines."""
-    found: dict[int, str] = {}
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended meanwhile
-            continue
-        children.setdefault(parent, []).append(int(path.parent.name))
-    waiting = [pid]
-    while waiting:
-        for child in children.get(waiting.pop(), []):
-            found[child] = command_of(child)
-            waiting.append(child)
-    return found
-
-
-def still(processes: dict[int, str]) -> list[Any]:
-    """Those that run yet, under the name that they had."""
-    return [
-        (pid, name)
-        for pid, name in processes.items()
-        if name and command_of(pid) == name
-    ]
-
-
-def command_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode().strip("\0 ")
-    except OSError:
-        return ""
+    wait_for(lambda: not alive(children), "the end of Ray's processes")
