@@ -8,8 +8,9 @@ Times are nanoseconds. The numbers lie on a sheet that the server's processes sh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from time import perf_counter_ns, time_ns
-from typing import Any
+from typing import Any, NamedTuple
 
 from kserve_lite import metrics
 from kserve_lite.counters import Board
@@ -20,9 +21,21 @@ from kserve_lite.model import Model
 # its turn, BATCH for waiting for the batch that its rows are in.
 Times = dict[str, int]
 QUEUE, BATCH = "queue", "batch"
+# Calls of a handler for several requests' rows, by rows: how many, and their time.
+Batches = Mapping[int, tuple[int, int]]
 
 
-def waited(times: Times) -> int:
+class Spent(NamedTuple):
+    """What a process has done for a request that another one answers.
+
+    times: see `Times`. batches: those of all requests since it was last told.
+    """
+
+    times: Mapping[str, int]
+    batches: Batches
+
+
+def waited(times: Mapping[str, int]) -> int:
     """What a request spent on waiting, so far."""
     return times.get(QUEUE, 0) + times.get(BATCH, 0)
 
@@ -114,12 +127,15 @@ class Statistics:
             if part in self._stages:
                 self._stages[Stage(part)].observe(ns)
 
-    def add_elsewhere(self, times: Times) -> None:
-        """Add what a request of this model's was spent on in another process.
+    def add_elsewhere(self, spent: Spent) -> None:
+        """Add what another process has done for a request of this model's.
 
-        But not on predict and explain: theirs is the whole way there and back, which
-        `count` has.
+        But not its times of predict and explain: `count` has the whole way there and
+        back.
         """
+        times = spent.times
+        for rows, (calls, ns) in spent.batches.items():
+            self.add_batch(rows, ns, calls)
         waiting = waited(times)
         if waiting:
             self._queued.observe(waiting)
@@ -131,15 +147,21 @@ class Statistics:
                     self._stages[stage] = known
                 known.observe(times[stage])
 
-    def add_batch(self, rows: int, ns: int) -> None:
-        """Count a call of a handler for several requests' rows."""
+    def add_batch(self, rows: int, ns: int, calls: int = 1) -> None:
+        """Count calls of a handler for several requests' rows, all as many."""
         at = self._batches.get(rows)
         if at is None:
             at = self._sheet.row("batch", *self._key[1:], str(rows), width=2)
             self._batches[rows] = at
-        self._words[at] += 1
+        self._words[at] += calls
         self._words[at + 1] += ns
-        self._rows.observe(rows)
+        for _ in range(calls):
+            self._rows.observe(rows)
+
+    def batches(self) -> Batches:
+        """The batches of this process."""
+        words = self._words
+        return {rows: (words[at], words[at + 1]) for rows, at in self._batches.items()}
 
     def document(self) -> dict[str, Any]:
         """The statistics in the words of Triton's extension.

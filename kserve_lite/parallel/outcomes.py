@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from kserve_lite.dispatch.statistics import Spent
 from kserve_lite.errors import InferenceFault, Kind, ModelFailed
 from kserve_lite.messages import Context
 from kserve_lite.records import Record
@@ -58,14 +59,15 @@ class Outcome(NamedTuple):
     """What became of a request, or of the beginning of a stream.
 
     value: the answer, unless there is a fault. items: whether `value` is a list of what
-    a handler's iterator gave. times: nanoseconds by stage, and of waiting.
+    a handler's iterator gave. spent: what the replica has done, with what ends the
+    request.
     """
 
     value: Any = None
     headers: Mapping[str, str] = {}
     fault: Fault | None = None
     items: bool = False
-    times: Mapping[str, int] = {}
+    spent: Spent | None = None
 
 
 def fault_of(error: InferenceFault) -> Fault:

@@ -17,7 +17,7 @@ from typing import Any
 from kserve_lite.dispatch.dataplane import DataPlane
 from kserve_lite.dispatch.repository import Repository
 from kserve_lite.dispatch.settings import DispatchSettings
-from kserve_lite.dispatch.statistics import Times
+from kserve_lite.dispatch.statistics import Batches, Spent, Times
 from kserve_lite.errors import InferenceFault, ModelNotReady, Unsupported
 from kserve_lite.handlers import Stage
 from kserve_lite.messages import Context, JsonAnswer, RawAnswer, StreamAnswer
@@ -52,6 +52,7 @@ class Replica:
         registry = Registry()
         registry.add(model)
         self._dataplane = DataPlane(registry, settings)
+        self._told: Batches = {}
         self._repository = Repository(self._dataplane)
         await self._repository.load(model)
         # Ray Serve gives up a replica whose first check fails; a server waits for it.
@@ -66,40 +67,47 @@ class Replica:
         try:
             answer = await self._infer(verb, payload, context, times)
             if not isinstance(answer, StreamAnswer):
-                headers = context.response_headers
-                return Outcome(_value(answer), headers, times=times)
-            async with aclosing(answer.items) as items:
-                values = [_value(item) async for item in _some(items)]
+                outcome = Outcome(_value(answer), context.response_headers)
+            else:
+                async with aclosing(answer.items) as items:
+                    values = [_value(item) async for item in _some(items)]
+                outcome = Outcome(values, context.response_headers, items=True)
         except InferenceFault as fault:
-            return Outcome(fault=fault_of(fault), times=times)
+            outcome = Outcome(fault=fault_of(fault))
         except asyncio.CancelledError:
             gone.set()
             raise
-        return Outcome(values, context.response_headers, items=True, times=times)
+        return outcome._replace(spent=self._spent(times))
 
     async def stream(
         self, verb: Stage, payload: Any, asked: Asked
     ) -> AsyncGenerator[Any, None]:
-        """Answer item by item. An `Outcome` without a value goes before the first."""
+        """Answer item by item.
+
+        An `Outcome` without a value goes before the first item, another one, or that of
+        a failure, after the last.
+        """
         gone = asyncio.Event()
         context = self._context(asked, gone)
+        times: Times = {}
         begun = False
         try:
-            answer = await self._infer(verb, payload, context, {})
+            answer = await self._infer(verb, payload, context, times)
             if not isinstance(answer, StreamAnswer):
                 yield Outcome(headers=context.response_headers)
                 yield _value(answer)
-                return
-            async with aclosing(answer.items) as items:
-                async for item in items:
-                    if not begun:
-                        begun = True
-                        yield Outcome(headers=context.response_headers)
-                    yield _value(item)
-            if not begun:
-                yield Outcome(headers=context.response_headers)
+            else:
+                async with aclosing(answer.items) as items:
+                    async for item in items:
+                        if not begun:
+                            begun = True
+                            yield Outcome(headers=context.response_headers)
+                        yield _value(item)
+                if not begun:
+                    yield Outcome(headers=context.response_headers)
+            yield Outcome(spent=self._spent(times))
         except InferenceFault as fault:
-            yield Outcome(fault=fault_of(fault))
+            yield Outcome(fault=fault_of(fault), spent=self._spent(times))
         except (asyncio.CancelledError, GeneratorExit):
             gone.set()
             raise
@@ -125,6 +133,17 @@ class Replica:
             deadline,
             asked.record(gone.is_set),
         )
+
+    def _spent(self, times: Times) -> Spent:
+        """A request's times, and the batches that no outcome has told of yet."""
+        told = self._told
+        self._told = now = self._dataplane.statistics_of(self._model).batches()
+        new = {
+            rows: (calls - told.get(rows, (0, 0))[0], ns - told.get(rows, (0, 0))[1])
+            for rows, (calls, ns) in now.items()
+            if calls != told.get(rows, (0, 0))[0]
+        }
+        return Spent(times, new)
 
     async def _infer(
         self, verb: Stage, payload: Any, context: Context, times: Times

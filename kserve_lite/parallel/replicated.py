@@ -26,7 +26,7 @@ from typing import Any
 import anyio
 
 from kserve_lite.dispatch.settings import DispatchSettings
-from kserve_lite.dispatch.statistics import Times
+from kserve_lite.dispatch.statistics import Spent
 from kserve_lite.errors import (
     InferenceError,
     InferenceFault,
@@ -65,11 +65,11 @@ def replicated(
     model: Model,
     cluster: Cluster,
     settings: DispatchSettings,
-    count: Callable[[Model, Times], None],
+    count: Callable[[Model, Spent], None],
 ) -> Model:
     """Return the model that stands for the replicas of a model with a deployment.
 
-    count: is told what each request was spent on in its replica.
+    count: is told what a replica has done for a request.
     """
     model.freeze()
     handlers: dict[Stage, Handler] = {}
@@ -134,9 +134,9 @@ class _Front:
         original: Model,
         cluster: Cluster,
         settings: DispatchSettings,
-        count: Callable[[Model, Times], None],
+        count: Callable[[Model, Spent], None],
     ) -> None:
-        self._count_times = count
+        self._count_spent = count
         self._original = original
         self._deployment = original.deployment or Deployment(1)
         self._cluster = cluster
@@ -265,10 +265,12 @@ class _Front:
                 async for item in items:
                     if not isinstance(item, Outcome):
                         yield item
-                    elif item.fault is not None:
+                        continue
+                    if item.spent is not None:
+                        self._count_spent(self.model, item.spent)
+                    if item.fault is not None:
                         raise raised(item.fault, context.request_id)
-                    else:
-                        context.response_headers.update(item.headers)
+                    context.response_headers.update(item.headers)
             except InferenceFault:
                 raise
             except Exception as error:
@@ -283,7 +285,8 @@ class _Front:
     ) -> Any:
         """The whole answer; of an iterator, what it has given."""
         outcome = await self._ask(verb, payload, context, state)
-        self._count_times(self.model, dict(outcome.times))
+        if outcome.spent is not None:
+            self._count_spent(self.model, outcome.spent)
         if outcome.fault is not None:
             raise raised(outcome.fault, context.request_id)
         context.response_headers.update(outcome.headers)

@@ -22,7 +22,7 @@ import anyio.to_thread
 from kserve_lite.counters import Board
 from kserve_lite.dispatch.dataplane import DataPlane
 from kserve_lite.dispatch.repository import Repository, Source
-from kserve_lite.dispatch.statistics import Times
+from kserve_lite.dispatch.statistics import Spent
 from kserve_lite.errors import StartupError
 from kserve_lite.handlers import Stage
 from kserve_lite.metrics import IN_FLIGHT, RequestCounts
@@ -214,8 +214,8 @@ class Application:
             model, self._cluster, self.settings.dispatch, self._count_elsewhere
         )
 
-    def _count_elsewhere(self, model: Model, times: Times) -> None:
-        self.dataplane.statistics_of(model).add_elsewhere(times)
+    def _count_elsewhere(self, model: Model, spent: Spent) -> None:
+        self.dataplane.statistics_of(model).add_elsewhere(spent)
 
     def _forwards(self) -> Forwarding | None:
         """What forwards to other servers; None where nothing is to be."""

@@ -22,7 +22,7 @@ import os, time
 from pathlib import Path
 from kserve_lite import Model, run
 
-model = Model("m", replicas=1, resources={RESOURCES})
+model = Model("m", replicas=REPLICAS, resources={RESOURCES})
 
 @model.load
 def load():
@@ -30,7 +30,7 @@ def load():
 
 @model.predict
 def predict(payload: dict):
-    return {"pid": os.getpid()}
+    return {"pid": os.getpid(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
 
 if __name__ == "__main__":
     run(model)
@@ -62,8 +62,15 @@ if __name__ == "__main__":
 """
 
 
-def app(folder: Path, *, resources: str = '{"num_cpus": 0.1}', load: str = "") -> str:
-    text = APP.replace("{RESOURCES}", resources).replace("LOAD", load or "return None")
+def app(
+    folder: Path,
+    *,
+    replicas: int = 1,
+    resources: str = '{"num_cpus": 0.1}',
+    load: str = "return None",
+) -> str:
+    text = APP.replace("{RESOURCES}", resources).replace("LOAD", load)
+    text = text.replace("REPLICAS", str(replicas))
     (folder / "app.py").write_text(text)
     return "app.py"
 
@@ -147,6 +154,25 @@ def test_a_server_joins_and_leaves_a_cluster(cluster: TwoNodes, tmp_path: Path) 
     assert told["apps"] == ["other"]
     assert told["other"] == "still here"
     assert told["alive"] == 2
+
+
+def test_two_replicas_share_a_gpu(cluster: TwoNodes, tmp_path: Path) -> None:
+    """One that the node says it has: what is Ray's part of it, on any machine."""
+    program = app(tmp_path, replicas=2, resources='{"num_cpus": 0.1, "num_gpus": 0.5}')
+    with Program(program, "--ray_address", cluster.address, folder=tmp_path) as server:
+        server.ready()
+        seen: dict[int, str] = {}
+
+        def both() -> bool:
+            answer = server.predict("m", {}).json()
+            seen[answer["pid"]] = answer["gpus"]
+            return len(seen) == 2
+
+        wait_for(both)
+        assert set(seen.values()) == {"0"}
+        assert cluster.tell()["gpus"] == 0
+        assert server.stop() == 0, server.log
+    wait_for(lambda: cluster.tell()["gpus"] == 1)
 
 
 def test_a_cluster_behind_ray_client(cluster: TwoNodes, tmp_path: Path) -> None:

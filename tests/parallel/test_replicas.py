@@ -159,17 +159,45 @@ def test_binary_tensors(server: Program, columns: int) -> None:
     assert response.content.endswith((array * 2).tobytes())
 
 
+def batches(server: Program) -> tuple[float, float, dict[str, Any]]:
+    """How many calls for several requests' rows, of how many rows; Triton's words."""
+    text = server.http.get("/metrics").text
+    calls, total = (
+        float(found[1])
+        if (
+            found := re.search(rf"batch_rows_{what}{{[^}}]*tensors[^}}]*}} (\S+)", text)
+        )
+        else 0.0
+        for what in ("count", "sum")
+    )
+    (stats,) = server.http.get("/v2/models/tensors/stats").json()["model_stats"]
+    return calls, total, stats
+
+
 def test_rows_of_several_requests_go_through_one_call(server: Program) -> None:
+    asked = 0
+    calls_before, rows_before, _ = batches(server)
+
     def ask() -> int:
         answer = server.predict("tensors", {"instances": [[1, 2]]}).json()
         return int(answer["predictions"][0]["rows"])
 
     def at_once() -> bool:
+        nonlocal asked
+        asked += 4
         with together(*[ask] * 4) as answers:
             pass
         return any(answer > 1 for answer in answers)
 
     wait_for(at_once)
+    calls, total, stats = batches(server)
+    assert total - rows_before == asked
+    assert 0 < calls - calls_before < asked
+    assert stats["execution_count"] == calls < stats["inference_count"]
+    assert (
+        sum(b["batch_size"] * b["compute_infer"]["count"] for b in stats["batch_stats"])
+        == total
+    )
 
 
 def test_what_is_declared(server: Program) -> None:

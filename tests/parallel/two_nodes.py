@@ -32,7 +32,7 @@ def main() -> None:
         port = free.getsockname()[1]
     head = {"num_cpus": 1, "include_dashboard": False, "ray_client_server_port": port}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    node = cluster.add_node(num_cpus=4, resources={"x": 1})
+    node = cluster.add_node(num_cpus=4, num_gpus=1, resources={"x": 1})
     ray.init(cluster.address, log_to_driver=False)
     serve.start(proxy_location="Disabled")
     handle = serve.run(Other.bind(), name="other", route_prefix=None)  # type: ignore
@@ -43,6 +43,7 @@ def main() -> None:
             other=handle.remote().result(),
             alive=sum(node["Alive"] for node in ray.nodes()),  # type: ignore
             free=ray.available_resources().get("x", 0),  # type: ignore
+            gpus=ray.available_resources().get("GPU", 0),  # type: ignore
         )
     ray.shutdown()
     cluster.shutdown()  # type: ignore[no-untyped-call]
