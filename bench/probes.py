@@ -140,7 +140,7 @@ def main() -> None:
     case = Case("probes", "/v2/health/live", "", bytes, "")
     print(f"probes: {RATE} GET {case.path} a second, {options.seconds:g} s a round,")
     print(f"with a prediction in each of {THREADS} threads")
-    heads = ("p50 ms", "p99 ms", "max ms", "late p99", "failed")
+    heads = ("p50 ms", "p99 ms", "max ms", "late p99", "other CPU", "failed")
     print(f"{'round':7}{'busy with':14}" + "".join(f"{head:>10}" for head in heads))
     rounds: dict[str, list[Probed]] = {way: [] for way in options.way}
     with tempfile.TemporaryDirectory() as folder:
@@ -155,7 +155,10 @@ def main() -> None:
                             stack.enter_context(all_threads(server.port, way))
                         one = measure(server, request, options.seconds)
                     seen.append(one)
-                    values = (one.p50_ms, one.p99_ms, one.max_ms, one.late_p99_ms)
+                    values = (
+                        *(one.p50_ms, one.p99_ms, one.max_ms),
+                        *(one.late_p99_ms, one.other_cpu),
+                    )
                     text = "".join(f"{value:10.2f}" for value in values)
                     print(f"{number + 1:<7}{way:14}{text}{one.failed:10}", flush=True)
     worst = {way: max(one.p99_ms for one in seen) for way, seen in rounds.items()}
