@@ -26,6 +26,7 @@ REPLACED = (
     (Counter, "add"),
     (Counter, "set"),
     (Histogram, "observe"),
+    (Histogram, "observe_all"),
 )
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ fill the memory of every scraper. `RequestCounts` sees to that for requests.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -106,7 +105,6 @@ _FINE = _nanoseconds(
     *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
     *(0.1, 0.25, 0.5, 1, 2.5, 5, 10),
 )
-_FINE_SUM = len(_FINE) + 1  # the place of the sum in a row
 _LOADS = _nanoseconds(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _MODEL = ("model_name",)
 
@@ -205,39 +203,53 @@ class RequestCounts:
     def __init__(self, sheet: Sheet, is_known: Callable[[str], bool]) -> None:
         self._sheet = sheet
         self._is_known = is_known
-        self._words = sheet.words
-        # Where a kind's counter is, and its histogram of times; 0 where it has none.
-        self._places: dict[tuple[str, str, str, int | str], tuple[int, int]] = {}
+        self._kinds: dict[tuple[str, str, str, int | str], _Kind] = {}
 
     def count(self, *records: Record) -> None:
         """Count requests whose answers have been sent, or given up."""
-        words, known = self._words, self._places
+        known = self._kinds
+        counted: list[_Kind] = []
         for record in records:
-            kind = record.model, record.protocol, record.action, record.code
-            counter, times = known.get(kind) or self._places_of(record)
-            words[counter] += 1
-            if times:
-                # `Histogram.observe`, without the call: every request comes by here.
-                took = record.took
-                words[times + bisect_left(_FINE, took)] += 1
-                try:
-                    words[times + _FINE_SUM] += took
-                except ValueError:  # beyond 64 bits, as there
-                    words[times + _FINE_SUM] = 0
+            key = record.model, record.protocol, record.action, record.code
+            kind = known.get(key) or self._kind_of(record)
+            tooks = kind.tooks
+            if not tooks:
+                counted.append(kind)
+            tooks.append(record.took)
+        for kind in counted:
+            kind.settle()
 
-    def _places_of(self, record: Record) -> tuple[int, int]:
+    def _kind_of(self, record: Record) -> _Kind:
         model = record.model if self._is_known(record.model) else ""
-        kind = model, record.protocol, record.action, record.code
-        places = self._places.get(kind)
-        if places is None:
-            sheet, times = self._sheet, 0
-            if model:
-                key = REQUEST_TIMES.key((model, record.protocol))
-                times = sheet.row(*key, width=_FINE_SUM + 1)
+        key = model, record.protocol, record.action, record.code
+        kind = self._kinds.get(key)
+        if kind is None:
             # The action without its protocol: "predict", "infer", "ModelInfer".
             method = record.action.removeprefix(f"{record.protocol}_")
             labels = model, record.protocol, method, str(record.code)
-            places = sheet.row(*REQUESTS.key(labels)), times
-            if len(self._places) < MOST_REMEMBERED:
-                self._places[kind] = places
-        return places
+            times = None
+            if model:
+                times = REQUEST_TIMES.on(self._sheet, model, record.protocol)
+            kind = _Kind(REQUESTS.on(self._sheet, *labels), times)
+            if len(self._kinds) < MOST_REMEMBERED:
+                self._kinds[key] = kind
+        return kind
+
+
+class _Kind:
+    """Requests that are counted together, and how long each of them took, in ns.
+
+    times: None where the model is none that is known.
+    """
+
+    __slots__ = ("_number", "_times", "tooks")
+
+    def __init__(self, number: Counter, times: Histogram | None) -> None:
+        self._number, self._times = number, times
+        self.tooks: list[int] = []
+
+    def settle(self) -> None:
+        tooks, self.tooks = self.tooks, []
+        self._number.add(len(tooks))
+        if self._times is not None:
+            self._times.observe_all(tooks)

@@ -98,6 +98,33 @@ def test_a_sum_beyond_64_bits_begins_again() -> None:
     assert board.total(("h",), width=5) == [2, 0, 0, 1, 5]
 
 
+@given(st.lists(st.integers(0, 2_000)))
+def test_several_sizes_count_as_one_by_one(sizes: list[int]) -> None:
+    alone, together = Board(), Board()
+    for size in sizes:
+        alone.sheets[0].histogram("h", bounds=BOUNDS).observe(size)
+    together.sheets[0].histogram("h", bounds=BOUNDS).observe_all(list(sizes))
+    assert together.total(("h",), width=5) == alone.total(("h",), width=5)
+
+
+def test_several_sizes_beyond_64_bits() -> None:
+    board = Board()
+    sizes = board.sheets[0].histogram("h", bounds=BOUNDS)
+    sizes.observe_all([2**63 - 1, 1])
+    sizes.observe_all([5, 2**70])
+    assert board.total(("h",), width=5) == [2, 0, 0, 2, 0]
+
+
+def test_what_is_counted_beside_a_sheet_is_written_when_it_settles() -> None:
+    board = Board()
+    sheet = board.sheets[0]
+    number = sheet.counter("n")
+    sheet.writers += [lambda: number.add(2), lambda: number.add(3)]
+    assert board.total(("n",)) == [0]
+    sheet.settle()
+    assert board.total(("n",)) == [5]
+
+
 @given(st.lists(st.lists(st.text(max_size=40), min_size=1, max_size=5), max_size=20))
 def test_keys_hold_any_text(keys: list[list[str]]) -> None:
     sheet = Board().sheets[0]

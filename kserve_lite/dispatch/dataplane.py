@@ -86,6 +86,8 @@ class DataPlane:
         # What is loaded. A model that is loaded again gets another `Running`.
         self.running: dict[Model, Running] = {}
         self.statistics: dict[Model, Statistics] = {}
+        self._uncounted: set[Statistics] = set()
+        self.board.sheets[index].writers.append(self._count)
 
     @property
     def accepting(self) -> bool:
@@ -185,9 +187,13 @@ class DataPlane:
         """What a model has done; made when it is first asked for."""
         known = self.statistics.get(model)
         if known is None:
-            known = Statistics(model, self.board, self.index)
+            known = Statistics(model, self.board, self.index, self._uncounted)
             self.statistics[model] = known
         return known
+
+    def _count(self) -> None:
+        while self._uncounted:
+            self._uncounted.pop().settle()
 
     def names(self) -> list[str]:
         """The names of the models, ready or not, less those that were unloaded."""

@@ -48,6 +48,10 @@ UNVERSIONED = "1"
 # failed, and what the time of the former was spent on.
 _SUCCESSES, _FAILURES, _QUEUE_NS, _INPUT_NS, _OUTPUT_NS, _WIDTH = 0, 2, 4, 5, 6, 7
 
+# Calls that are counted together, at most.
+TOGETHER = 64
+# A global, since reading a member off its class costs 0.12 us in Python 3.11.
+_PREDICT = Stage.PREDICT
 _STAGES = {
     Stage.PREPROCESS: metrics.PREPROCESS,
     Stage.PREDICT: metrics.PREDICT,
@@ -59,11 +63,18 @@ _STAGES = {
 class Statistics:
     """What a model has done since the server started.
 
-    board, index: where the server's processes count, and this one's sheet.
+    board, index: where the server's processes count, and this one's sheet. uncounted:
+    has this while `settle()` has something to write.
     """
 
-    def __init__(self, model: Model, board: Board, index: int) -> None:
+    def __init__(
+        self, model: Model, board: Board, index: int, uncounted: set[Statistics]
+    ) -> None:
         self._board = board
+        self._uncounted = uncounted
+        # Of calls of a lone predict handler: their times, when the last one began.
+        self._tooks: list[int] = []
+        self._began = 0
         self._name, self._version = model.name, model.version
         self._sheet = sheet = board.sheets[index]
         self._words = sheet.words
@@ -85,6 +96,7 @@ class Statistics:
     @property
     def successes(self) -> int:
         """Requests of this process that were answered."""
+        self.settle()
         return self._words[self._row + _SUCCESSES]
 
     @property
@@ -101,6 +113,16 @@ class Statistics:
         times.
         """
         took = perf_counter_ns() - started
+        if times is None and succeeded and stage is _PREDICT:
+            # The most frequent: some together take a third of the time.
+            tooks = self._tooks
+            tooks.append(took)
+            self._began = started
+            if len(tooks) == 1:
+                self._uncounted.add(self)
+            elif len(tooks) == TOGETHER:
+                self.settle()
+            return
         words, row = self._words, self._row
         words[self._last] = started
         if not succeeded:
@@ -118,6 +140,21 @@ class Statistics:
             words[row + _QUEUE_NS] += waited(times)
             words[row + _INPUT_NS] += times.get(Stage.PREPROCESS, 0)
             words[row + _OUTPUT_NS] += times.get(Stage.POSTPROCESS, 0)
+
+    def settle(self) -> None:
+        """Write what `count` has only remembered."""
+        tooks = self._tooks
+        if not tooks:
+            return
+        self._tooks = []
+        words, row = self._words, self._row
+        words[self._last] = max(words[self._last], self._began)
+        words[row] += len(tooks)
+        try:
+            words[row + 1] += sum(tooks)
+        except ValueError:
+            words[row + 1] = 0
+        self._stages[_PREDICT].observe_all(tooks)
 
     def _count_stages(self, times: Times) -> None:
         waiting = waited(times)
@@ -169,6 +206,7 @@ class Statistics:
         `compute_input` is preprocess, `compute_output` is postprocess, `compute_infer`
         everything else that is no waiting.
         """
+        self.settle()
         board = self._board
         total = board.total(self._key, _WIDTH)
         successes, succeeded_ns, failures, failed_ns, *known = total

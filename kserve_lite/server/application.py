@@ -162,6 +162,7 @@ class Application:
                 told(*over)
             except Exception as error:  # noqa: BLE001 - log handlers may be anybody's
                 failed(f"the {kind} of a request failed", error)
+        self.sheet.settle()
 
     def _is_known(self, name: str) -> bool:
         return name in self.dataplane.registry
@@ -173,6 +174,7 @@ class Application:
             in_flight[model.name] += running.in_flight
         for name, number in in_flight.items():
             IN_FLIGHT.on(self.sheet, name).set(number)
+        self.sheet.settle()
 
     def register(self) -> None:
         """Make the models known, so that requests for them are "not ready" yet."""

@@ -20,7 +20,7 @@ log = logging.getLogger("kserve_lite")
 
 # Lines wait so many seconds for others, unless there are so many bytes of them.
 DELAY = 0.1
-ENOUGH = 64 * 1024
+ENOUGH = 256 * 1024
 # Bytes that wait while the stream blocks; as many more are being written.
 MOST = 1024 * 1024
 # Seconds between two lines about those that were dropped.
@@ -30,15 +30,18 @@ REPORT = 10.0
 class Lines:
     """Takes whole lines, from any thread, and writes them to a stream in order.
 
-    dead: whether the stream is gone for good, so that lines need not even be made.
+    is_shared: whether other processes write to it, too. dead: whether the stream is
+    gone for good, so that lines need not even be made.
     """
 
-    def __init__(self, stream: TextIO | None) -> None:
+    def __init__(self, stream: TextIO | None, *, is_shared: bool = True) -> None:
         self._stream = stream
         self.dead = stream is None
         self._fd = _descriptor(stream)
         # A pipe keeps a write of this size whole, whoever else writes (POSIX write(2)).
-        self._chunk = select.PIPE_BUF if _is_pipe(self._fd) else ENOUGH
+        # Each write waits for the interpreter's lock, so the fewer the better.
+        is_cut = is_shared and _is_pipe(self._fd)
+        self._chunk = select.PIPE_BUF if is_cut else ENOUGH
         # Re-entrant: the garbage collector may end an abandoned request in `add()`.
         self._lock = RLock()
         self._changed = Condition(self._lock)

@@ -88,7 +88,7 @@ class Http1(Connection):
         """Take the connection over with the first bytes that came."""
         self._wait(_IDLE)
         self._came = len(first)
-        self._listener.received.add(len(first))
+        self._listener.received += len(first)
         self._take(self._wire.receive(first))
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -101,7 +101,7 @@ class Http1(Connection):
 
     def buffer_updated(self, nbytes: int) -> None:
         phase = self._phase
-        self._listener.received.add(nbytes)
+        self._listener.received += nbytes
         if phase is _IDLE:
             self._came = nbytes
             self._take(self._wire.receive(self._listener.scratch[:nbytes]))
@@ -137,7 +137,7 @@ class Http1(Connection):
             self._wire.keep_alive = False
         parts = self._wire.send(*events)
         size = sum(map(len, parts))
-        self._listener.sent.add(size)
+        self._listener.sent += size
         if size <= JOIN_SIZE:
             transport.write(b"".join(parts))
         else:

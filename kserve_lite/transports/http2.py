@@ -74,11 +74,11 @@ class Http2(Connection):
     def begin(self, first: bytes) -> None:
         """Take the connection over with the first bytes that came."""
         self._set_deadline(self.now + self._watch_every)
-        self._listener.received.add(len(first))
+        self._listener.received += len(first)
         self._receive(first)
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._listener.received.add(nbytes)
+        self._listener.received += nbytes
         if not self._lingers:
             self._receive(self._listener.scratch[:nbytes])
 
@@ -307,7 +307,7 @@ class Http2(Connection):
             if not parts:
                 break
             size = sum(map(len, parts))
-            self._listener.sent.add(size)
+            self._listener.sent += size
             if size <= JOIN_SIZE:
                 transport.write(b"".join(parts))
             else:

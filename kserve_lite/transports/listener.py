@@ -55,8 +55,10 @@ class Listener:
         # into it and report at once, before any other connection is looked at.
         self.scratch = memoryview(bytearray(READ_SIZE))
         sheet = sheet or Board().sheets[0]
-        self.received = metrics.RECEIVED.on(sheet)
-        self.sent = metrics.SENT.on(sheet)
+        self.received = self.sent = 0  # bytes, since they were last counted
+        self._received = metrics.RECEIVED.on(sheet)
+        self._sent = metrics.SENT.on(sheet)
+        sheet.writers.append(self._count)
         self._accepted = metrics.ACCEPTED.on(sheet)
         self._open = metrics.CONNECTIONS.on(sheet)
         self._connections: set[Connection] = set()
@@ -84,6 +86,11 @@ class Listener:
                     self._newcomer, sock=sock, backlog=BACKLOG
                 )
                 self._servers.append(server)
+
+    def _count(self) -> None:
+        self._received.add(self.received)
+        self._sent.add(self.sent)
+        self.received = self.sent = 0
 
     def _newcomer(self) -> Newcomer:
         return Newcomer(self)

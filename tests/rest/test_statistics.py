@@ -6,12 +6,17 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from time import perf_counter_ns
 from typing import Any
 
 import anyio
 import pytest
 
 from kserve_lite import InvalidInput, Model, serve
+from kserve_lite.counters import Board
+from kserve_lite.dispatch.statistics import TOGETHER, Statistics
+from kserve_lite.handlers import Stage
+from kserve_lite.metrics import PREDICT
 from tests.transports.client import (
     PATIENCE,
     Client,
@@ -52,6 +57,23 @@ async def picky(payload: dict[str, Any]) -> Any:
         case "broken":
             raise ValueError
     return payload
+
+
+async def test_what_nobody_settles_is_bounded() -> None:
+    """As in a replica, whose counts another process reads."""
+    model = Model("m")
+    model.predict(picky)
+    model.freeze()
+    board, uncounted = Board(), set[Statistics]()
+    statistics = Statistics(model, board, 0, uncounted)
+    for _ in range(2 * TOGETHER + 1):
+        statistics.count(perf_counter_ns(), Stage.PREDICT, None, True)
+        assert len(statistics._tooks) < TOGETHER
+    assert uncounted == {statistics}
+    key = PREDICT.key(("m",))
+    assert sum(board.total(key, PREDICT.width)[:-1]) == 2 * TOGETHER
+    assert statistics.successes == 2 * TOGETHER + 1
+    assert sum(board.total(key, PREDICT.width)[:-1]) == 2 * TOGETHER + 1
 
 
 async def test_successes_and_failures_are_counted_exactly() -> None:

@@ -530,7 +530,7 @@ def test_what_is_remembered_is_bounded_and_the_rest_counts_too(
     for _ in range(2):
         for code in range(kinds):
             requests.count(record_of("v1_predict", code=code))
-    assert len(requests._places) == MOST_REMEMBERED
+    assert len(requests._kinds) == MOST_REMEMBERED
     labels = (REQUESTS.name, "m", "v1", "predict")
     totals = board.totals()
     assert all(totals[*labels, str(code)] == [2] for code in range(kinds))
