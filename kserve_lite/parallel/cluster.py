@@ -20,7 +20,6 @@ from threading import Lock, Thread
 from typing import Any
 
 from kserve_lite.errors import StartupError
-from kserve_lite.parallel.presence import Bond, appear
 from kserve_lite.parallel.settings import ParallelSettings
 
 log = logging.getLogger("kserve_lite")
@@ -49,7 +48,6 @@ class Cluster:
         self._is_ours = False  # we have connected to it
         # What each application that was begun here takes of the cluster.
         self._apps: dict[str, dict[str, float]] = {}
-        self._presence: tuple[str, Any] | None = None  # the actor's name, the actor
         self._ending: set[str] = set()  # told to end, and not seen to have
         # What begins the applications of models that are loaded soon: replicas of
         # several start at the same time, since each takes seconds.
@@ -80,17 +78,6 @@ class Cluster:
         with self._lock:
             while self.planned:
                 self.planned.pop(0)()
-
-    def bond(self, app: str) -> Bond | None:
-        """What an application ends by when this server is killed.
-
-        None: the cluster ends then.
-        """
-        if self._is_local:
-            return None
-        if self._presence is None:
-            self._presence = appear()
-        return Bond(self._presence[0], app)
 
     def deploy(self, app: str, bound: Any, needs: Mapping[str, float]) -> Any:
         """Begin an application; return the handle to ask it by.
@@ -267,10 +254,6 @@ class Cluster:
         # Ray would tell of each call to Serve's controller that it cannot answer.
         import ray
 
-        if self._presence is not None:
-            with contextlib.suppress(Exception):  # the cluster may be gone
-                ray.kill(self._presence[1])
-            self._presence = None
         if self._is_ours:
             ray.shutdown()
             self._is_ours = False

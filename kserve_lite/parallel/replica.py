@@ -23,7 +23,6 @@ from kserve_lite.handlers import Stage
 from kserve_lite.messages import Context, JsonAnswer, RawAnswer, StreamAnswer
 from kserve_lite.model import Model, Phase
 from kserve_lite.parallel.outcomes import Asked, Outcome, fault_of
-from kserve_lite.parallel.presence import Bond
 from kserve_lite.registry import Registry
 
 # Items of an iterator that a handler returned, which cannot be sent one by one.
@@ -36,8 +35,7 @@ class Replica:
     """Serves one model. Made in its actor; ready when the model is loaded.
 
     make: gives the model. name, model_dir: what the server calls it, and where its
-    files are. bond: what removes all replicas when the server is killed; None: nothing
-    has to.
+    files are.
     """
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
@@ -46,9 +44,7 @@ class Replica:
         name: str,
         model_dir: str,
         settings: DispatchSettings,
-        bond: Bond | None = None,
     ) -> None:
-        self._held = None if bond is None else asyncio.create_task(bond.hold())
         self._model = model = make()
         if model.phase is Phase.DEFINED:
             model.freeze()
@@ -123,8 +119,6 @@ class Replica:
 
     async def __del__(self) -> None:
         """Ray Serve awaits it when what was in flight has ended."""
-        if self._held is not None:
-            self._held.cancel()
         await self._repository.unload(self._model)
         self._dataplane.close()
 

@@ -237,10 +237,9 @@ class _Front:
                 f"Ray Serve does not take the replicas or resources of model {name!r}: "
                 f"{' '.join(str(error).split())[:300]}"
             ) from error
+        bound = kind.bind(make or (lambda: model), name, folder, self._settings)
         # Not one that another server has on the same cluster.
         app = f"{_plain(name)}-{new_id()[:8]}"
-        bond = self._cluster.bond(app)
-        bound = kind.bind(make or (lambda: model), name, folder, self._settings, bond)
         handle = self._cluster.deploy(app, bound, needs)
         self._begun = Placement(app, handle, self._cluster.is_remote)
 

@@ -175,22 +175,6 @@ def test_two_replicas_share_a_gpu(cluster: TwoNodes, tmp_path: Path) -> None:
     wait_for(lambda: cluster.tell()["gpus"] == 1)
 
 
-def test_a_server_that_is_killed_leaves_nothing(
-    cluster: TwoNodes, tmp_path: Path
-) -> None:
-    resources = '{"num_cpus": 0.1, "resources": {"x": 0.5}}'
-    program = app(tmp_path, replicas=2, resources=resources)
-    with Program(program, "--ray_address", cluster.address, folder=tmp_path) as server:
-        server.ready()
-        assert len(cluster.tell()["apps"]) == 2
-        assert cluster.tell()["free"] == 0
-        server.process.kill()
-        server.wait()
-    wait_for(lambda: cluster.tell()["apps"] == ["other"])
-    wait_for(lambda: cluster.tell()["free"] == 1)
-    assert cluster.tell()["other"] == "still here"
-
-
 def test_a_cluster_behind_ray_client(cluster: TwoNodes, tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(REMOTE)
     flags = ("--ray_address", cluster.remote)
