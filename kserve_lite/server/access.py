@@ -91,7 +91,7 @@ class AccessLog:
         self._lines: Lines | None = None
         self._pending: list[Record] = []
         if self._on and _only_ours_listens():
-            self._lines = Lines(stream, is_shared=settings.workers > 1)
+            self._lines = Lines(stream)
         self._format: Callable[[list[Record], int], bytes] = (
             _Json().lines
             if settings.log_format == "json"

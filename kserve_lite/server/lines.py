@@ -30,18 +30,16 @@ REPORT = 10.0
 class Lines:
     """Takes whole lines, from any thread, and writes them to a stream in order.
 
-    is_shared: whether other processes write to it, too. dead: whether the stream is
-    gone for good, so that lines need not even be made.
+    dead: whether the stream is gone for good, so that lines need not even be made.
     """
 
-    def __init__(self, stream: TextIO | None, *, is_shared: bool = True) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
         self.dead = stream is None
         self._fd = _descriptor(stream)
         # A pipe keeps a write of this size whole, whoever else writes (POSIX write(2)).
-        # Each write waits for the interpreter's lock, so the fewer the better.
-        is_cut = is_shared and _is_pipe(self._fd)
-        self._chunk = select.PIPE_BUF if is_cut else ENOUGH
+        # Other processes do, and our own log where standard error is the same pipe.
+        self._chunk = select.PIPE_BUF if _is_pipe(self._fd) else ENOUGH
         # Re-entrant: the garbage collector may end an abandoned request in `add()`.
         self._lock = RLock()
         self._changed = Condition(self._lock)

@@ -582,6 +582,27 @@ def test_a_reader_that_stalls_holds_nobody_up(
     pipe.close()
 
 
+def test_lines_of_others_land_between_those_of_a_full_pipe(pipe: Pipe) -> None:
+    """Standard error may be the same pipe, and its reader slower than a burst."""
+    line, other = b"<" + b"x" * 120 + b">\n", b"a warning\n"
+    written = Lines(pipe.writer)
+    for _ in range(4000):
+        written.add(line)
+
+    def warn() -> None:
+        for _ in range(500):
+            os.write(pipe.writer.fileno(), other)
+
+    writer = threading.Thread(target=warn)
+    writer.start()
+    data = pipe.read(lambda data: data.count(b"\n") == 4500)
+    writer.join()
+    written.close(PATIENCE)
+    lines = data.splitlines(keepends=True)
+    assert (lines.count(line), lines.count(other)) == (4000, 500)
+    pipe.close()
+
+
 def test_several_processes_share_a_pipe(pipe: Pipe) -> None:
     # Two writers that know nothing of each other, as two processes are.
     written = [Lines(pipe.writer) for _ in range(2)]
