@@ -25,7 +25,7 @@ types: $(VENV)/test-installed
 	$(BIN)/mypy
 
 # Two at a time, file by file: most tests wait for something. `pytest -m "not ray"`
-# leaves out those that start Ray, which take half of the time.
+# leaves out those that start Ray, which take some four minutes.
 tests: $(VENV)/test-installed
 	$(BIN)/pytest -n 2 --dist loadfile
 

@@ -156,8 +156,11 @@ def main() -> None:
                         one = measure(server, request, options.seconds)
                     seen.append(one)
                     values = (
-                        *(one.p50_ms, one.p99_ms, one.max_ms),
-                        *(one.late_p99_ms, one.other_cpu),
+                        one.p50_ms,
+                        one.p99_ms,
+                        one.max_ms,
+                        one.late_p99_ms,
+                        one.other_cpu,
                     )
                     text = "".join(f"{value:10.2f}" for value in values)
                     print(f"{number + 1:<7}{way:14}{text}{one.failed:10}", flush=True)

@@ -136,13 +136,12 @@ class Replica:
 
     def _spent(self, times: Times) -> Spent:
         """A request's times, and the batches that no outcome has told of yet."""
-        told = self._told
+        told, new = self._told, {}
         self._told = now = self._dataplane.statistics_of(self._model).batches()
-        new = {
-            rows: (calls - told.get(rows, (0, 0))[0], ns - told.get(rows, (0, 0))[1])
-            for rows, (calls, ns) in now.items()
-            if calls != told.get(rows, (0, 0))[0]
-        }
+        for rows, (calls, ns) in now.items():
+            told_calls, told_ns = told.get(rows, (0, 0))
+            if calls > told_calls:
+                new[rows] = calls - told_calls, ns - told_ns
         return Spent(times, new)
 
     async def _infer(
