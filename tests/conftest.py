@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
+
+# Ray has its workers give way to all other processes (nice 15), so to the tests that
+# run beside those of Ray: a replica that starts in seconds took more than a minute.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])

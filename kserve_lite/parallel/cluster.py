@@ -20,6 +20,7 @@ from threading import Lock, Thread
 from typing import Any
 
 from kserve_lite.errors import StartupError
+from kserve_lite.parallel.outcomes import LOAD_FAILED
 from kserve_lite.parallel.settings import ParallelSettings
 
 log = logging.getLogger("kserve_lite")
@@ -91,6 +92,8 @@ class Cluster:
         try:
             [handle] = serve.run_many([target], wait_for_applications_running=False)
         except Exception as error:  # what pickle and Ray's checks raise
+            with contextlib.suppress(Exception):  # it may have begun all the same
+                self.delete(app)
             raise StartupError(
                 f"Ray Serve does not take the model of {app}: {_line(error)}; what "
                 "cannot be sent to another process is made in the load handler"
@@ -100,17 +103,19 @@ class Cluster:
     def started(self, app: str) -> bool:
         """Whether all replicas of an application run.
 
-        Raises StartupError once Ray Serve has given it up.
+        Raises StartupError once Ray Serve has given it up, or a load handler failed.
         """
         from ray import serve
 
         status = serve.status().applications.get(app)
         if status is None:
             raise StartupError(f"the replicas of {app} were removed while they started")
-        if status.status == "DEPLOY_FAILED":
-            messages = [status.message]
-            messages += [each.message for each in status.deployments.values()]
-            raise StartupError(f"a replica could not start: {_reason(messages)}")
+        messages = [status.message]
+        messages += [each.message for each in status.deployments.values()]
+        text = "\n".join(messages)
+        # A replica that died is tried again; a model that fails would fail again.
+        if status.status == "DEPLOY_FAILED" or LOAD_FAILED in text:
+            raise StartupError(f"a replica could not start: {_reason(text)}")
         return bool(status.status == "RUNNING")
 
     def check(self, name: str, needs: Mapping[str, float]) -> None:
@@ -326,9 +331,12 @@ def _raise_limit(name: str) -> None:
         setattr(replica_wrapper, name, int(os.environ[name]))
 
 
-def _reason(messages: list[str]) -> str:
-    """The last line of what Ray Serve says of an application that failed."""
-    lines = [line for text in messages for line in text.splitlines() if line.strip()]
+def _reason(text: str) -> str:
+    """What a replica said of its load, or the last line of what Ray Serve says."""
+    _, begins, error = text.rpartition(LOAD_FAILED)
+    if begins:
+        return begins + " ".join(error.split())[:300]
+    lines = [line for line in text.splitlines() if line.strip()]
     return " ".join(lines[-1].split())[:300] if lines else "Ray Serve does not say why"
 
 

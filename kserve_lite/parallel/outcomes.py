@@ -15,6 +15,9 @@ from kserve_lite.errors import InferenceFault, Kind, ModelFailed
 from kserve_lite.messages import Context
 from kserve_lite.records import Record
 
+# Begins what a replica says of a model that cannot be loaded; then the error.
+LOAD_FAILED = "its load failed: "
+
 
 class Asked(NamedTuple):
     """What a replica needs to know of a request besides its payload.

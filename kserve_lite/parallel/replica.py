@@ -18,11 +18,16 @@ from kserve_lite.dispatch.dataplane import DataPlane
 from kserve_lite.dispatch.repository import Repository
 from kserve_lite.dispatch.settings import DispatchSettings
 from kserve_lite.dispatch.statistics import Batches, Spent, Times
-from kserve_lite.errors import InferenceFault, ModelNotReady, Unsupported
+from kserve_lite.errors import (
+    InferenceFault,
+    ModelNotReady,
+    StartupError,
+    Unsupported,
+)
 from kserve_lite.handlers import Stage
 from kserve_lite.messages import Context, JsonAnswer, RawAnswer, StreamAnswer
 from kserve_lite.model import Model, Phase
-from kserve_lite.parallel.outcomes import Asked, Outcome, fault_of
+from kserve_lite.parallel.outcomes import LOAD_FAILED, Asked, Outcome, fault_of
 from kserve_lite.registry import Registry
 
 # Items of an iterator that a handler returned, which cannot be sent one by one.
@@ -45,16 +50,21 @@ class Replica:
         model_dir: str,
         settings: DispatchSettings,
     ) -> None:
-        self._model = model = make()
-        if model.phase is Phase.DEFINED:
-            model.freeze()
-        model.name, model.model_dir = name, Path(model_dir)
-        registry = Registry()
-        registry.add(model)
-        self._dataplane = DataPlane(registry, settings)
-        self._told: Batches = {}
-        self._repository = Repository(self._dataplane)
-        await self._repository.load(model)
+        try:
+            self._model = model = make()
+            if model.phase is Phase.DEFINED:
+                model.freeze()
+            model.name, model.model_dir = name, Path(model_dir)
+            registry = Registry()
+            registry.add(model)
+            self._dataplane = DataPlane(registry, settings)
+            self._told: Batches = {}
+            self._repository = Repository(self._dataplane)
+            await self._repository.load(model)
+        except Exception as error:
+            raise StartupError(
+                f"{LOAD_FAILED}{type(error).__name__}: {error}"
+            ) from error
         # Ray Serve gives up a replica whose first check fails; a server waits for it.
         while not await self._dataplane.model_ready(model):  # noqa: ASYNC110 - asks
             await asyncio.sleep(NOT_READY)

@@ -53,6 +53,8 @@ STALE = 5.0
 # Seconds between Ray Serve's looks at a replica, which is replaced when it is dead or
 # has not been ready three times in a row; Ray's default is 10.
 HEALTH = 1.0
+# Replicas of a model that may die while they start; one whose load fails is the last.
+STARTS = 3
 ROUTER = "kserve_lite.parallel.routing.LeastBusy"
 # Replicas that an idempotent request is brought to, one after the other.
 ATTEMPTS = 3
@@ -228,7 +230,7 @@ class _Front:
                 graceful_shutdown_wait_loop_s=POLL,
                 health_check_period_s=HEALTH,
                 request_router_config={"request_router_class": ROUTER},
-                max_constructor_retry_count=1,
+                max_constructor_retry_count=STARTS,
                 logging_config={"enable_access_log": False, "log_level": "WARNING"},
                 **scale,
             )

@@ -63,11 +63,13 @@ class Program:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         self.http.close()
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        if error is not None:
+            print(self.log)
 
     @property
     def log(self) -> str:

@@ -200,13 +200,32 @@ def test_a_cluster_behind_ray_client(cluster: TwoNodes, tmp_path: Path) -> None:
 
 
 def test_a_load_that_fails(cluster: TwoNodes, tmp_path: Path) -> None:
-    program = app(tmp_path, load='raise ValueError("there are no weights")')
+    tried = tmp_path / "tried"
+    load = f"open({str(tried)!r}, 'a').write('once'); raise ValueError('no weights')"
+    program = app(tmp_path, load=load)
     with Program(program, "--ray_address", cluster.address, folder=tmp_path) as server:
         assert server.wait() == 1
         [line] = [line for line in server.log.splitlines() if "kserve-lite:" in line]
     assert "model 'm' failed to load" in line
-    assert "ValueError: there are no weights" in line
+    assert "start: its load failed: ValueError: no weights (" in line
+    assert tried.read_text() == "once"
     assert wait_for(lambda: cluster.tell()["apps"] == ["other"])
+
+
+def test_a_replica_that_dies_while_it_starts(cluster: TwoNodes, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    load = (
+        f"here = Path({str(begun)!r}); (here / str(os.getpid())).touch(); "
+        "len(list(here.iterdir())) > 1 or os._exit(1)"
+    )
+    program = app(tmp_path, load=load)
+    with Program(program, "--ray_address", cluster.address, folder=tmp_path) as server:
+        pid = server.ready().predict("m", {}).json()["pid"]
+        pids = {int(path.name) for path in begun.iterdir()}
+        assert len(pids) == 2
+        assert pid in pids
+        assert server.stop() == 0, server.log
 
 
 def test_a_stop_while_replicas_start(cluster: TwoNodes, tmp_path: Path) -> None:

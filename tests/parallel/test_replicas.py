@@ -41,6 +41,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
         yield server.ready()
 
 
+@pytest.fixture(autouse=True)
+def log(server: Program) -> Iterator[None]:
+    """What the server has logged is shown with a test that fails."""
+    before = len(server.log)
+    yield
+    print(server.log[before:])
+
+
 def tell(server: Program, **more: Any) -> dict[str, Any]:
     response = server.predict("many", {"do": "tell", **more})
     assert response.status_code == 200, response.text
