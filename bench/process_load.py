@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -294,45 +295,49 @@ def counted(port: int) -> int:
 
 
 def observing(options: argparse.Namespace) -> dict[str, Any]:
-    """What the access log and counting cost a V1 echo."""
+    """What the access log and counting cost a V1 echo.
+
+    Each round has servers of its own: two of the same command differ in speed, for as
+    long as they run, by as much as is looked for.
+    """
     print("\nobserving: V1 echo, what log and metrics cost")
-    with contextlib.ExitStack() as stack:
-        # Not in /tmp, which may be memory.
-        scratch = tempfile.TemporaryDirectory(dir="/var/tmp")
-        logs = Path(stack.enter_context(scratch))
-        access = stack.enter_context((logs / "access.log").open("wb"))
-        echo, off = ("serve_echo_lite.py",), "--access_log false"
-        plans: dict[str, tuple[tuple[str, ...], str, IO[bytes] | int]] = {
-            "log-to-file": (echo, "", access),
-            "log-to-pipe": (echo, "", subprocess.PIPE),
-            "no-log": (echo, off, access),
-            "uncounted": (("serve_uncounted_lite.py",), off, access),
-        }
-        servers = []
-        for name, (argv, extra, out) in plans.items():
-            one = lite(name, options, WRK, *argv, extra=extra)
-            servers.append(stack.enter_context(trees.started(one, "", logs, out=out)))
-            pipe = servers[-1].process.stdout
-            if pipe is not None:
-                reader = Reader(pipe)
-                threading.Thread(target=reader.run, daemon=True).start()
-        discarded, _, _ = rounds_of(servers, ECHO, options)
-        time.sleep(0.5)  # Lines are written together, a few times a second.
-        found = {one.contender.name: counted(one.port) for one in servers}
-        with (logs / "access.log").open("rb") as text:
-            written = sum(b":predict " in line for line in text)
+    totals: list[Server] = []
+    found: Counter[str] = Counter()
+    logged: Counter[str] = Counter()
+    discarded = 0
+    once = argparse.Namespace(**vars(options) | {"rounds": 1})
+    for number in range(options.rounds):
+        with contextlib.ExitStack() as stack:
+            # Not in /tmp, which may be memory.
+            scratch = tempfile.TemporaryDirectory(dir="/var/tmp")
+            logs = Path(stack.enter_context(scratch))
+            access = stack.enter_context((logs / "access.log").open("wb"))
+            servers, reader = _observed(options, stack, logs, access)
+            shift = number % len(servers)
+            order = [*servers[shift:], *servers[:shift]]
+            discarded += rounds_of(order, ECHO, once)[0]
+            time.sleep(0.5)  # Lines are written together, a few times a second.
+            found.update({one.contender.name: counted(one.port) for one in servers})
+            with (logs / "access.log").open("rb") as text:
+                logged["log-to-file"] += sum(b":predict " in line for line in text)
+            logged["log-to-pipe"] += reader.lines
+        for total, one in zip(totals, servers, strict=False):
+            total.rounds += one.rounds
+        totals = totals or servers
     if found["uncounted"]:
         raise SystemExit(
             "the yardstick counts requests: serve_uncounted_lite.py is old"
         )
-    logged = {"log-to-file": written, "log-to-pipe": reader.lines}
-    warnings = doubts(servers)
+    for one in totals:
+        values = [median(one, column) for column in report.COLUMNS]
+        print(report.line("all", one.contender.name, values))
+    warnings = doubts(totals)
     for name, lines in logged.items():
         print(f"{name}: {lines:,} lines for {found[name]:,} requests")
         if lines != found[name]:
             warnings.append(f"{name} did not write a line for each request")
-    bare = servers[-1]
-    ratios = {one.contender.name: ratio(one, bare) for one in servers[:-1]}
+    bare = totals[-1]
+    ratios = {one.contender.name: ratio(one, bare) for one in totals[:-1]}
     bars = {}
     for name in logged:
         for by, value in {
@@ -352,10 +357,35 @@ def observing(options: argparse.Namespace) -> dict[str, Any]:
         "rounds_thrown_away": discarded,
         "bars": bars,
         "warnings": warnings,
-        "requests_counted": found,
-        "lines_written": logged,
+        "requests_counted": dict(found),
+        "lines_written": dict(logged),
         "ratios_to_uncounted": ratios,
         "servers": {
-            one.contender.name: summary(one, options.seconds) for one in servers
+            one.contender.name: summary(one, options.seconds) for one in totals
         },
     }
+
+
+def _observed(
+    options: argparse.Namespace,
+    stack: contextlib.ExitStack,
+    logs: Path,
+    access: IO[bytes],
+) -> tuple[list[Server], Reader]:
+    """Start the servers of OBSERVED; the reader is of the one that logs to a pipe."""
+    echo, off = ("serve_echo_lite.py",), "--access_log false"
+    plans: dict[str, tuple[tuple[str, ...], str, IO[bytes] | int]] = {
+        "log-to-file": (echo, "", access),
+        "log-to-pipe": (echo, "", subprocess.PIPE),
+        "no-log": (echo, off, access),
+        "uncounted": (("serve_uncounted_lite.py",), off, access),
+    }
+    servers = []
+    for name, (argv, extra, out) in plans.items():
+        one = lite(name, options, WRK, *argv, extra=extra)
+        servers.append(stack.enter_context(trees.started(one, "", logs, out=out)))
+        pipe = servers[-1].process.stdout
+        if pipe is not None:
+            reader = Reader(pipe)
+            threading.Thread(target=reader.run, daemon=True).start()
+    return servers, reader
