@@ -1,4 +1,4 @@
-"""Lines for a stream, written together by a thread.
+"""Lines for a stream, written together by a thread, or to a pipe with room at once.
 
 A stream that blocks, a pipe that nobody reads say, holds up that thread and nobody
 else: what it cannot take in is dropped and counted. One that fails hurts nobody.
@@ -39,7 +39,10 @@ class Lines:
         self._fd = _descriptor(stream)
         # A pipe keeps a write of this size whole, whoever else writes (POSIX write(2)).
         # Other processes do, and our own log where standard error is the same pipe.
-        self._chunk = select.PIPE_BUF if _is_pipe(self._fd) else ENOUGH
+        is_pipe = _is_pipe(self._fd)
+        self._chunk = select.PIPE_BUF if is_pipe else ENOUGH
+        # For each write the thread would take the interpreter's lock from the loop.
+        self._goes_at_once = is_pipe and hasattr(os, "RWF_NOWAIT")
         # Re-entrant: the garbage collector may end an abandoned request in `add()`.
         self._lock = RLock()
         self._changed = Condition(self._lock)
@@ -54,6 +57,10 @@ class Lines:
     def add(self, line: bytes) -> None:
         """Have a line, or several, written soon; without waiting."""
         with self._lock:
+            if self._goes_at_once and self._is_done():
+                line = self._write_at_once(line)
+                if not line:
+                    return
             if self._size >= MOST:
                 self._dropped += line.count(b"\n")
                 return
@@ -130,6 +137,19 @@ class Lines:
 
     def _is_urgent(self) -> bool:
         return self._size >= ENOUGH or self._is_hurried or self._is_closing
+
+    def _write_at_once(self, data: bytes) -> bytes:
+        """Write what the pipe has room for; return the rest."""
+        assert self._fd is not None  # noqa: S101 - it is a pipe
+        written = 0
+        try:
+            for chunk in _chunks([data], self._chunk):
+                written += os.pwritev(self._fd, [chunk], -1, os.RWF_NOWAIT)
+        except BlockingIOError:  # it is full
+            pass
+        except OSError:  # Linux before 6.4; what else is wrong the thread will meet
+            self._goes_at_once = False
+        return data[written:]
 
     def _write(self, lines: list[bytes]) -> None:
         try:

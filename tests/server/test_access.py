@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import errno
 import gc
 import io
 import json
@@ -523,11 +524,40 @@ class Pipe:
         os.close(self.reader)
 
 
-@pytest.fixture
-def pipe() -> Iterator[Pipe]:
+def refuse(*_: object) -> int:
+    """In the place of os.pwritev: what Linux before 6.4 does with a pipe."""
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+
+@pytest.fixture(params=["at once", "by the thread"])
+def pipe(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Pipe]:
+    if request.param != "at once":
+        monkeypatch.setattr(os, "pwritev", refuse)
     made = Pipe()
     yield made
     made.writer.close()
+
+
+def test_a_pipe_with_room_takes_lines_at_once() -> None:
+    pipe = Pipe()
+    written = Lines(pipe.writer)
+    line = b"x" * 99 + b"\n"
+    written.add(line * 100)
+    assert os.read(pipe.reader, 65536) == line * 100
+    assert not threads()
+    for number in range(1000):
+        written.add(b"%04d" % number * 25 + b"\n")
+    assert threads()  # it is full by now
+    data = pipe.read(lambda data: data.count(b"\n") == 1000)
+    assert [int(each[:4]) for each in data.splitlines()] == list(range(1000))
+    written.flush(PATIENCE)
+    written.add(line)
+    assert os.read(pipe.reader, 65536) == line
+    written.close(PATIENCE)
+    pipe.close()
+    pipe.writer.close()
 
 
 def test_lines_come_without_being_asked_for(pipe: Pipe) -> None:
