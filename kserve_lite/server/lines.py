@@ -144,7 +144,10 @@ class Lines:
         written = 0
         try:
             for chunk in _chunks([data], self._chunk):
-                written += os.pwritev(self._fd, [chunk], -1, os.RWF_NOWAIT)
+                taken = os.pwritev(self._fd, [chunk], -1, os.RWF_NOWAIT)
+                written += taken
+                if taken < len(chunk):  # a part of a line longer than PIPE_BUF
+                    break
         except BlockingIOError:  # it is full
             pass
         except OSError:  # Linux before 6.4; what else is wrong the thread will meet

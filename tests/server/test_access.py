@@ -573,6 +573,24 @@ def test_lines_come_without_being_asked_for(pipe: Pipe) -> None:
     pipe.close()
 
 
+def test_a_pipe_that_takes_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it may of a line that is longer than PIPE_BUF, while its reader reads."""
+    take = os.pwritev
+    monkeypatch.setattr(
+        os, "pwritev", lambda fd, data, *how: take(fd, [data[0][:99]], *how)
+    )
+    pipe = Pipe()
+    written = Lines(pipe.writer)
+    lines = b"before\n" + b"x" * 8000 + b"\nafter\n"
+    written.add(lines)
+    written.add(b"last\n")
+    data = pipe.read(lambda data: data.endswith(b"last\n"))
+    assert data == lines + b"last\n"
+    written.close(PATIENCE)
+    pipe.close()
+    pipe.writer.close()
+
+
 def test_a_reader_that_stalls_holds_nobody_up(
     pipe: Pipe, caplog: pytest.LogCaptureFixture
 ) -> None:
