@@ -297,8 +297,8 @@ def counted(port: int) -> int:
 def observing(options: argparse.Namespace) -> dict[str, Any]:
     """What the access log and counting cost a V1 echo.
 
-    Each round has servers of its own: two of the same command differ in speed, for as
-    long as they run, by as much as is looked for.
+    Each round has servers of its own, and medians over many rounds count: two of the
+    same command differ in speed by more than what is looked for.
     """
     print("\nobserving: V1 echo, what log and metrics cost")
     totals: list[Server] = []
@@ -321,9 +321,11 @@ def observing(options: argparse.Namespace) -> dict[str, Any]:
             with (logs / "access.log").open("rb") as text:
                 logged["log-to-file"] += sum(b":predict " in line for line in text)
             logged["log-to-pipe"] += reader.lines
-        for total, one in zip(totals, servers, strict=False):
+        if not totals:
+            totals = servers
+            continue
+        for total, one in zip(totals, servers, strict=True):
             total.rounds += one.rounds
-        totals = totals or servers
     if found["uncounted"]:
         raise SystemExit(
             "the yardstick counts requests: serve_uncounted_lite.py is old"
