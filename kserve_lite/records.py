@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 from collections.abc import Callable, Mapping
 from time import perf_counter_ns
 from typing import TypeAlias
@@ -153,13 +154,9 @@ os.register_at_fork(after_in_child=_fresh.clear)
 
 def _make_fresh(count: int = 64) -> Ids:
     """Make some, and return another one, since other threads may take them all."""
-    digits = os.urandom(24 * count).hex().encode()
-    cuts = range(0, len(digits), 48)
-    traces = [digits[cut : cut + 32] for cut in cuts]
-    spans = [digits[cut + 32 : cut + 48] for cut in cuts]
-    pairs = [part for pair in zip(traces, spans, strict=True) for part in pair]
-    parents = (b"00-%b-%b-00 " * count % tuple(pairs)).split()
-    first, *others = zip(traces, parents, strict=True)
+    parts = struct.unpack("32s16s" * count, os.urandom(24 * count).hex().encode())
+    parents = (b"00-%b-%b-00 " * count % parts).split()
+    first, *others = zip(parts[::2], parents, strict=True)
     _fresh.extend(others)
     return first
 

@@ -41,6 +41,8 @@ Specs: TypeAlias = tuple[TensorSpec, ...]
 # Globals, since reading a member off its class costs 0.12 us in Python 3.11.
 _JSON, _TENSORS = Form.JSON, Form.TENSORS
 # The protocols that answer with any JSON value; the others with tensors only.
+# By name, the tuple would be made by a Python function: 0.35 us instead of 0.15.
+_new_answer = tuple.__new__
 _OF_JSON = frozenset(("v1", "generate"))
 # Triton's name for the text that a model answers with.
 TEXT = "text_output"
@@ -181,7 +183,7 @@ def answer_of(
     is_json = context.protocol in _OF_JSON
     form = plan[0].form
     if is_json and form is _JSON and type(result) is dict:
-        return JsonAnswer(result)
+        return _new_answer(JsonAnswer, (result,))
     if isinstance(result, (bytes, bytearray, memoryview)):
         return RawAnswer(bytes(result))
     keeps_dicts = is_json and (

@@ -98,11 +98,10 @@ async def exchange(
             status, own, content = reply
             record.code = status
             headers = sent_headers(int(time.time()), own)
-            if isinstance(content, (bytes, bytearray, memoryview)):
+            if isinstance(content, _BUFFERS):
                 record.sent = len(content) if method != "HEAD" else 0
-                stream.send(
-                    Response(stream_id, status, headers, content, None, record.ids)
-                )
+                whole = stream_id, status, headers, content, None, record.ids
+                stream.send(_new_response(Response, whole))
                 if stream.stalled:
                     await stream.drain()
             elif isinstance(content, list):
@@ -161,6 +160,10 @@ def cut(request: Request, stream: Stream, ended: Ended) -> None:
     record.code = CLIENT_GONE
     ended(record)
 
+
+_BUFFERS = (bytes, bytearray, memoryview)
+# By name, the tuple would be made by a Python function: 0.35 us instead of 0.15.
+_new_response = tuple.__new__
 
 # The client has gone before there was an answer, for which this is nginx's code, or the
 # grace period of a stop was over.

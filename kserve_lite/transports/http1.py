@@ -104,7 +104,12 @@ class Http1(Connection):
         self._listener.received += nbytes
         if phase is _IDLE:
             self._came = nbytes
-            self._take(self._wire.receive(self._listener.scratch[:nbytes]))
+            data = self._listener.scratch[:nbytes]
+            request = self._wire.receive_again(data)
+            if request is None:
+                self._take(self._wire.receive(data))
+            else:
+                self._answer(request, request.body or b"")
         elif self._direct:
             self._direct = False
             self._came += nbytes
@@ -138,7 +143,9 @@ class Http1(Connection):
         parts = self._wire.send(*events)
         size = sum(map(len, parts))
         self._listener.sent += size
-        if size <= JOIN_SIZE:
+        if len(parts) == 1:
+            transport.write(parts[0])
+        elif size <= JOIN_SIZE:
             transport.write(b"".join(parts))
         else:
             transport.writelines(parts)

@@ -41,6 +41,8 @@ STREAM = 1
 _END = EndOfMessage(STREAM)
 # By name, the tuple would be made by a Python function: 0.35 us instead of 0.15.
 _new_request = tuple.__new__
+# Bodies up to this size are copied together with their heads.
+SMALL = 8 * 1024
 
 # Possessive quantifiers: a head that does not match fails in linear time. A field value
 # here is visible ASCII with single or several blanks inside, nothing else.
@@ -57,6 +59,7 @@ _NOT_FAST = frozenset((b"transfer-encoding", b"expect", b"upgrade"))
 _BODILESS = frozenset((204, 304))
 
 _ID_FIELDS = b"%b: %%b\r\n%b: %%b\r\n" % ID_NAMES
+_USUAL_HEAD = b"%%b%bcontent-length: %%d\r\n\r\n" % _ID_FIELDS
 _STATUS_LINE = {
     status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode())
     for status in HTTPStatus
@@ -102,7 +105,7 @@ class Http1Connection:
         self._scanned = 0
         # Clients on a kept connection send the same head again and again: the last one
         # is remembered, byte for byte, with its meaning. `_last_whole` is the size of
-        # it with its body where the answer to it is framed in the usual way, else 0.
+        # it with its body where that is small and the connection stays, else 0.
         self._last_bytes = b""
         self._last_head: _Head | None = None
         self._last_whole = 0
@@ -130,26 +133,31 @@ class Http1Connection:
         """The head is complete and the body is not."""
         return self._state is _BODY or self._state is _CHUNKED
 
+    def receive_again(self, data: Buffer) -> Request | None:
+        """Take a whole request with the last one's head; None: `receive()` is to.
+
+        Most are, and take half of the time.
+        """
+        head = self._last_head
+        if len(data) != self._last_whole or self._state is not _HEAD or self.kept:
+            return None
+        last, raw = self._last_bytes, bytes(data)
+        if head is None or not raw.startswith(last):
+            return None
+        self._state = _ANSWERING
+        _, method, target, headers, _ = head[0]
+        body = raw[len(last) :]
+        return _new_request(Request, (STREAM, method, target, headers, body))
+
     def receive(self, data: Buffer) -> list[Event]:
         """Take bytes that arrived; return what they complete, in order."""
         state = self._state
         if state is _HEAD:
             head = self._last_head
             if head is not None and not self.kept:
-                if len(data) > FAST_HEAD_SIZE:
-                    known = len(self._last_bytes)
-                    if bytes(data[:known]) == self._last_bytes:
-                        return self._accept(head, memoryview(data)[known:])
-                raw = bytes(data)
-                if raw.startswith(self._last_bytes):
-                    body = raw[len(self._last_bytes) :]
-                    if len(raw) != self._last_whole:
-                        return self._accept(head, body)
-                    self._state = _ANSWERING
-                    _, method, target, headers, _ = head[0]
-                    return [
-                        _new_request(Request, (STREAM, method, target, headers, body))
-                    ]
+                known = len(self._last_bytes)
+                if bytes(data[:known]) == self._last_bytes:
+                    return self._accept(head, memoryview(data)[known:])
             self.kept += data
             return self._read_head()
         if state is _BODY:
@@ -204,6 +212,11 @@ class Http1Connection:
 
     def send(self, *events: Outgoing) -> list[Buffer]:
         """Return the bytes of an answer's events, unjoined: tensors are not copied."""
+        first = events[0]
+        if type(first) is Response and first.headers is self._last_answered:
+            usual = self._usual_answer(first)
+            if usual is not None:
+                return usual
         out: list[Buffer] = []
         for event in events:
             if type(event) is Response:
@@ -222,24 +235,31 @@ class Http1Connection:
         else:
             out.append(data)
 
+    def _usual_answer(self, answer: Response) -> list[Buffer] | None:
+        """A whole answer like the last one but for its ids and body; None: it is not.
+
+        Most are, and take a third of the time.
+        """
+        _, status, _, body, _, ids = answer
+        if (
+            body is None
+            or ids is None
+            or status != self._last_status
+            or not self.keep_alive
+            or self._head_request
+            or self._http10
+        ):
+            return None
+        self._bodiless_answer = self._chunked_answer = False
+        request_id, traceparent = ids
+        head = self._last_block, request_id, traceparent, len(body)
+        if len(body) > SMALL:
+            return [_USUAL_HEAD % head, body]
+        return [_USUAL_HEAD % head + body]
+
     def _answer_head(self, response: Response, out: list[Buffer]) -> None:
         _, status, headers, body, _, ids = response
         own = b"" if ids is None else _ID_FIELDS % ids
-        if (
-            headers is self._last_answered
-            and body is not None
-            and status == self._last_status
-            and self.keep_alive
-            and not (self._head_request or self._http10)
-        ):
-            self._bodiless_answer = self._chunked_answer = False
-            head = b"%b%bcontent-length: %d\r\n\r\n" % (
-                self._last_block,
-                own,
-                len(body),
-            )
-            out += (head, body)
-            return
         if headers is not self._last_answered or status != self._last_status:
             self._last_answered = headers
             self._last_status = 0 if status in _BODILESS else status
@@ -291,7 +311,7 @@ class Http1Connection:
         self._last_head = head
         length = head.content_length
         usual = head.keep_alive and not head.is_head
-        fits = length <= self.limits.max_body_size
+        fits = length <= min(self.limits.max_body_size, SMALL)
         self._last_whole = len(raw) + length if usual and fits else 0
         return self._accept(head, self._taken(length))
 

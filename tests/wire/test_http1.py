@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kserve_lite.wire import http1
 from kserve_lite.wire.events import (
     ContinueWanted,
     Data,
@@ -67,6 +68,9 @@ def ways(raw: bytes) -> Iterator[tuple[list[bytes], bool]]:
 def take(connection: Http1Connection, data: bytes, direct: bool) -> list[Event]:
     """Hand bytes over as the owner of a socket does."""
     events: list[Event] = []
+    whole = connection.receive_again(data) if direct else None
+    if whole is not None:
+        return spread([whole])
     while data:
         target = connection.body_buffer() if direct else None
         if target is None:
@@ -397,6 +401,63 @@ def test_remembered_head_still_means_the_same() -> None:
     connection = Http1Connection()
     events = converse(connection, 3 * [BODY_HEAD, b"hel", b"lo"], True)
     assert messages(events) == 3 * [("POST", "/p", BODY_HEADERS, b"hello")]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_requests_that_come_again(name: str) -> None:
+    raw, expected, stays = CASES[name]
+    events = converse(Http1Connection(), 3 * [raw], direct=True)
+    assert messages(events) == (3 * expected if stays else expected)
+
+
+def test_a_small_request_with_the_last_head_is_taken_at_once() -> None:
+    connection = Http1Connection()
+    assert connection.receive_again(BODY_HEAD + b"hello") is None  # no head is known
+    converse(connection, [BODY_HEAD + b"hello"], direct=False)
+    for body in (b"other", b"again"):
+        taken = connection.receive_again(memoryview(BODY_HEAD + body))
+        assert messages([] if taken is None else [taken]) == [
+            ("POST", "/p", BODY_HEADERS, body)
+        ]
+        # Until it is answered the same bytes are the next request's.
+        assert connection.receive_again(BODY_HEAD + body) is None
+        connection.send(OK, EndOfMessage(STREAM))
+        assert connection.next_cycle() == []
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        BODY_HEAD + b"hell",
+        BODY_HEAD + b"hello" + b"G",
+        BODY_HEAD.replace(b"/p", b"/q") + b"hello",
+        BODY_HEAD.replace(b": a", b":a ") + b"hello",
+        BODY_HEAD.replace(b": 5", b": 4") + b"hello",
+        b"",
+    ],
+)
+def test_what_is_not_taken_at_once_changes_nothing(data: bytes) -> None:
+    connection = Http1Connection()
+    converse(connection, [BODY_HEAD + b"hello"], direct=False)
+    assert connection.receive_again(data) is None
+    assert connection.between_messages
+    assert messages(connection.receive(BODY_HEAD + b"hello")) != []
+
+
+def test_what_is_kept_comes_before_a_request_with_the_last_head() -> None:
+    connection = Http1Connection()
+    converse(connection, [BODY_HEAD + b"hello"], direct=False)
+    connection.receive(b"GET / HT")
+    assert connection.receive_again(BODY_HEAD + b"hello") is None
+
+
+@pytest.mark.parametrize("length", [http1.SMALL, http1.SMALL + 1])
+def test_a_large_request_with_the_last_head_is_read_as_any(length: int) -> None:
+    head = b"POST /p HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % length
+    connection = Http1Connection()
+    converse(connection, [head + bytes(length)], direct=False)
+    is_small = length <= http1.SMALL
+    assert (connection.receive_again(head + bytes(length)) is not None) is is_small
 
 
 def test_pipelined_requests_wait_for_their_turn() -> None:
@@ -856,6 +917,28 @@ def test_whole_answer_in_one_event() -> None:
     assert sent(asked(HEAD), response) == (
         b"HTTP/1.1 404 Not Found\r\nserver: x\r\ncontent-length: 5\r\n\r\n"
     )
+
+
+@pytest.mark.parametrize("request_", [GET, HEAD, GET_10, GET_10_KEEP])
+@pytest.mark.parametrize("closes", [False, True])
+def test_an_answer_like_the_last_one_is_written_like_the_first(
+    request_: bytes, closes: bool
+) -> None:
+    headers = ((b"content-type", b"text/plain"),)
+    bodies = [b"", b"hello", bytes(http1.SMALL), bytes(http1.SMALL + 1), None]
+    for status, body, ids in itertools.product(
+        (200, 204, 500), bodies, (None, (b"id", b"00-t-s-00"))
+    ):
+        answer = Response(STREAM, status, headers, body, None, ids)
+        fresh, used = asked(request_), asked(GET)
+        used.send(Response(STREAM, status, headers, b"first", None, (b"0", b"1")))
+        used.next_cycle()
+        used.receive(request_)
+        if closes:
+            fresh.keep_alive = used.keep_alive = False
+        assert sent(used, answer) == sent(fresh, answer)
+        rest = (Data(STREAM, b"rest"), EndOfMessage(STREAM))
+        assert sent(used, *rest) == sent(fresh, *rest)
 
 
 def test_bodies_are_not_copied() -> None:
