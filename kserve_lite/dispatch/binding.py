@@ -203,19 +203,22 @@ def answer_of(
             "a V2 answer is an array, a tuple or dict of arrays, an InferResponse or "
             f"a dict with outputs; the handler returned {type(result).__name__}"
         )
+    if response is result:  # which the handler may keep
+        response = InferResponse(
+            response.outputs,
+            response.id,
+            response.model_name,
+            response.model_version,
+            response.parameters,
+        )
     asked = request if isinstance(request, InferRequest) else None
-    outputs = response.outputs
     if asked is not None and asked.outputs:
-        outputs = _requested(outputs, asked, model)
+        response.outputs = _requested(response.outputs, asked, model)
     given_id = response.id if isinstance(response.id, str) else None
-    # A new one: a handler may keep the response that it returned.
-    return InferResponse(
-        outputs,
-        id=given_id or (asked.id if asked else None) or new_id(),
-        model_name=response.model_name or model.name,
-        model_version=response.model_version or model.version,
-        parameters=response.parameters,
-    )
+    response.id = given_id or (asked.id if asked else None) or new_id()
+    response.model_name = response.model_name or model.name
+    response.model_version = response.model_version or model.version
+    return response
 
 
 def text_name(plan: Plan) -> str:
@@ -289,14 +292,11 @@ def _check_outputs(names: Collection[str], specs: Specs, request: Any) -> None:
 def _declared(arrays: list[tuple[str | None, Any]], specs: Specs) -> InferResponse:
     """Name the arrays and hold them to the declared outputs."""
     if not specs:
-        return InferResponse(
-            tuple(
-                _output(
-                    f"output-{index}" if given is None else given, as_numpy(array), None
-                )
-                for index, (given, array) in enumerate(arrays)
-            )
-        )
+        outputs = []
+        for index, (given, array) in enumerate(arrays):
+            name = f"output-{index}" if given is None else given
+            outputs.append(_output(name, as_numpy(array), None))
+        return InferResponse(tuple(outputs))
     if arrays[0][0] is None:
         if len(specs) != len(arrays):
             raise ValueError(

@@ -81,6 +81,9 @@ _ACCEPTS = (b"grpc-accept-encoding", ACCEPTED.encode())
 HEAD: RawHeaders = (_TYPE, _ACCEPTS)
 OK: RawHeaders = ((b"grpc-status", b"0"),)
 
+# By name, the tuple would be made by a Python function: 0.35 us instead of 0.15.
+_new_response = tuple.__new__
+
 # Pieces up to this length are copied behind their prefix, longer ones go by themselves.
 _SMALL = 4096
 
@@ -206,7 +209,8 @@ class Call:
         if size <= _SMALL and (only is message or len(message) == 1):
             body = b"\0" + size.to_bytes(4, "big") + only
             record.sent = size + 5
-            stream.send(Response(self._id, 200, self._head(), body, OK, record.ids))
+            whole = self._id, 200, self._head(), body, OK, record.ids
+            stream.send(_new_response(Response, whole))
             return
         stream.send(*self._framed(message), Trailers(self._id, OK))
         if stream.stalled:
