@@ -143,7 +143,7 @@ class Http1(Connection):
         parts = self._wire.send(*events)
         size = sum(map(len, parts))
         self._listener.sent += size
-        if len(parts) == 1:
+        if len(parts) == 1 and type(parts[0]) is bytes:
             transport.write(parts[0])
         elif size <= JOIN_SIZE:
             transport.write(b"".join(parts))

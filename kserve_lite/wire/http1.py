@@ -134,9 +134,9 @@ class Http1Connection:
         return self._state is _BODY or self._state is _CHUNKED
 
     def receive_again(self, data: Buffer) -> Request | None:
-        """Take a whole request with the last one's head; None: `receive()` is to.
+        """Take a small whole request with the last one's head, as most are.
 
-        Most are, and take half of the time.
+        None: it is not, and `receive()` is to take the data.
         """
         head = self._last_head
         if len(data) != self._last_whole or self._state is not _HEAD or self.kept:
@@ -236,9 +236,9 @@ class Http1Connection:
             out.append(data)
 
     def _usual_answer(self, answer: Response) -> list[Buffer] | None:
-        """A whole answer like the last one but for its ids and body; None: it is not.
+        """A whole answer like the last one but for ids and body, as most are.
 
-        Most are, and take a third of the time.
+        None: it is not.
         """
         _, status, _, body, _, ids = answer
         if (

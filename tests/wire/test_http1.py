@@ -925,7 +925,10 @@ def test_an_answer_like_the_last_one_is_written_like_the_first(
     request_: bytes, closes: bool
 ) -> None:
     headers = ((b"content-type", b"text/plain"),)
-    bodies = [b"", b"hello", bytes(http1.SMALL), bytes(http1.SMALL + 1), None]
+    bodies = [
+        *(b"", b"hello", bytes(http1.SMALL), bytes(http1.SMALL + 1), None),
+        *(bytearray(b"hello"), memoryview(b"hello")),
+    ]
     for status, body, ids in itertools.product(
         (200, 204, 500), bodies, (None, (b"id", b"00-t-s-00"))
     ):
