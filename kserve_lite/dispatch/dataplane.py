@@ -19,11 +19,7 @@ import anyio
 
 from kserve_lite.counters import Board, State
 from kserve_lite.dispatch.admission import too_much
-from kserve_lite.dispatch.binding import (
-    answer_of,
-    request_arguments,
-    text_response,
-)
+from kserve_lite.dispatch.binding import answer_of, request_arguments, text_response
 from kserve_lite.dispatch.deadlines import Deadlines
 from kserve_lite.dispatch.offload import Offload
 from kserve_lite.dispatch.running import Running
@@ -276,24 +272,16 @@ class DataPlane:
         stage = entry.stage
         try:
             task = self._deadlines.begin(context)
-            if (
-                times is None
-                and entry.call is _AWAIT
-                and entry.batching is None
-                and len(plan) == 1
-                and not running.is_staged
-            ):
-                # The shortest ways, for the most frequent models: nothing waits, and
-                # all of the time is the handler's.
-                if entry.is_plain:
-                    value = await entry.function(payload)
-                else:
-                    arguments = request_arguments(entry, payload)
-                    value = await self.stages.call(entry, running, arguments, context)
-            else:
-                if times is None:
-                    times = {}
+            is_lone = len(plan) == 1 and entry.call is _AWAIT and entry.batching is None
+            if times is not None or running.is_staged or not is_lone:
+                times = {} if times is None else times
                 value = await self.stages.run(plan, payload, running, context, times)
+            # For the most frequent models: nothing waits, all of the time is theirs.
+            elif entry.is_plain:
+                value = await entry.function(payload)
+            else:
+                arguments = request_arguments(entry, payload)
+                value = await self.stages.call(entry, running, arguments, context)
             self._deadlines.end(task)
             if context.protocol != "v2" and streams(type(value)):  # type: ignore[arg-type]
                 items = items_of(value, running, self.stages.offload)
