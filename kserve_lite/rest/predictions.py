@@ -44,7 +44,7 @@ from kserve_lite.rest.headers import (
 )
 from kserve_lite.rest.replies import JSON, Reply, error_body, error_reply, json_reply
 from kserve_lite.rest.routes import Match
-from kserve_lite.wire.events import Buffer, RawHeaders, Request
+from kserve_lite.wire.events import Buffer, RawHeaders, Request, make
 
 _JSON_ONLY: RawHeaders = (JSON,)
 _BINARY = (b"content-type", b"application/octet-stream")
@@ -64,8 +64,6 @@ _NO_SUCH_EVENTS = error_reply(
 # Globals, since reading a member off its class costs 0.12 us in Python 3.11.
 _PREDICT = Stage.PREDICT
 _JSON_FORM = Form.JSON
-# By name, the tuple would be made by a Python function: 0.35 us instead of 0.15.
-_new_reply = tuple.__new__
 # What the rows of a V1 answer are called.
 _KEYS = {_PREDICT: "predictions", Stage.EXPLAIN: "explanations"}
 
@@ -124,7 +122,7 @@ class Predictions:
             own = own_headers(context) if context.response_headers else ()
             if isinstance(answer, JsonAnswer):
                 headers = with_type(own) if own else _JSON_ONLY
-                return _new_reply(Reply, (200, headers, v1.encode(answer.value)))
+                return make(Reply, (200, headers, v1.encode(answer.value)))
             if isinstance(answer, InferResponse):
                 rows = v1.encode_tensors(answer, _KEYS[verb])
                 return Reply(200, with_type(own), rows)

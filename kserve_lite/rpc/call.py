@@ -35,6 +35,7 @@ from kserve_lite.wire.events import (
     Request,
     Response,
     Trailers,
+    make,
 )
 
 Message: TypeAlias = bytes | list[Buffer]
@@ -81,8 +82,6 @@ _ACCEPTS = (b"grpc-accept-encoding", ACCEPTED.encode())
 HEAD: RawHeaders = (_TYPE, _ACCEPTS)
 OK: RawHeaders = ((b"grpc-status", b"0"),)
 
-# By name, the tuple would be made by a Python function: 0.35 us instead of 0.15.
-_new_response = tuple.__new__
 
 # Pieces up to this length are copied behind their prefix, longer ones go by themselves.
 _SMALL = 4096
@@ -210,7 +209,7 @@ class Call:
             body = b"\0" + size.to_bytes(4, "big") + only
             record.sent = size + 5
             whole = self._id, 200, self._head(), body, OK, record.ids
-            stream.send(_new_response(Response, whole))
+            stream.send(make(Response, whole))
             return
         stream.send(*self._framed(message), Trailers(self._id, OK))
         if stream.stalled:

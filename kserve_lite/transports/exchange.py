@@ -25,6 +25,7 @@ from kserve_lite.wire.events import (
     RawHeaders,
     Request,
     Response,
+    make,
 )
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ async def exchange(
             if isinstance(content, _BUFFERS):
                 record.sent = len(content) if method != "HEAD" else 0
                 whole = stream_id, status, headers, content, None, record.ids
-                stream.send(_new_response(Response, whole))
+                stream.send(make(Response, whole))
                 if stream.stalled:
                     await stream.drain()
             elif isinstance(content, list):
@@ -162,8 +163,6 @@ def cut(request: Request, stream: Stream, ended: Ended) -> None:
 
 
 _BUFFERS = (bytes, bytearray, memoryview)
-# By name, the tuple would be made by a Python function: 0.35 us instead of 0.15.
-_new_response = tuple.__new__
 
 # The client has gone before there was an answer, for which this is nginx's code, or the
 # grace period of a stop was over.

@@ -16,6 +16,10 @@ ID_NAMES = (b"x-request-id", b"traceparent")
 RawHeaders: TypeAlias = tuple[tuple[bytes, bytes], ...]
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
+# `make(Data, (1, b""))` is `Data(1, b"")` without the Python function by which a named
+# tuple is made: 0.15 us instead of 0.35. For what every request makes.
+make = tuple.__new__
+
 
 class Headers(dict[str, str]):
     """Header fields by lower-case name, read-only; of repeated ones the last counts.

@@ -34,13 +34,12 @@ from kserve_lite.wire.events import (
     Refusal,
     Request,
     Response,
+    make,
 )
 from kserve_lite.wire.limits import FAST_HEAD_SIZE, FIRST_BODY_BUFFER, WireLimits
 
 STREAM = 1
 _END = EndOfMessage(STREAM)
-# By name, the tuple would be made by a Python function: 0.35 us instead of 0.15.
-_new_request = tuple.__new__
 # Bodies up to this size are copied together with their heads.
 SMALL = 8 * 1024
 
@@ -147,7 +146,7 @@ class Http1Connection:
         self._state = _ANSWERING
         _, method, target, headers, _ = head[0]
         body = raw[len(last) :]
-        return _new_request(Request, (STREAM, method, target, headers, body))
+        return make(Request, (STREAM, method, target, headers, body))
 
     def receive(self, data: Buffer) -> list[Event]:
         """Take bytes that arrived; return what they complete, in order."""
@@ -363,7 +362,7 @@ class Http1Connection:
             if came > length:
                 self.kept += memoryview(rest)[length:]
                 rest = rest[:length]
-            return [_new_request(Request, (*request[:4], bytes(rest)))]
+            return [make(Request, (*request[:4], bytes(rest)))]
         self._body = bytearray(min(length, max(FIRST_BODY_BUFFER, came)))
         # Through a view: a bytearray's slice would make a copy of the rest first.
         memoryview(self._body)[:came] = rest

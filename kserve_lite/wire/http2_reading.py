@@ -20,6 +20,7 @@ from kserve_lite.wire.events import (
     Event,
     Refusal,
     Request,
+    make,
 )
 from kserve_lite.wire.frames import PREFACE, ConnectionFault, ErrorCode, StreamFault
 from kserve_lite.wire.hpack_blocks import Head
@@ -57,10 +58,6 @@ _TOO_LARGE = MAX_FRAME_SIZE + 1 << 8
 # Reads beyond this are parsed where they lie; smaller ones are copied first, since
 # bytes are faster to take apart.
 _SMALL_READ = 64 * 1024
-
-
-# By name, the tuple would be made by a Python function: 0.35 us instead of 0.15.
-_new_request = tuple.__new__
 
 
 class _OpenBlock(NamedTuple):
@@ -241,9 +238,7 @@ class FrameReader(ControlFrames):
             index = self._begun[stream_id]
             _, method, target, fields, _ = events[index]  # type: ignore[misc]
             body = bytes(buffer[start:end])
-            events[index] = _new_request(
-                Request, (stream_id, method, target, fields, body)
-            )
+            events[index] = make(Request, (stream_id, method, target, fields, body))
             return
         self._begun.pop(stream_id, None)
         if start < len(buffer) and size and not stream.refused:
@@ -393,9 +388,7 @@ class FrameReader(ControlFrames):
         if not ends:
             self._begun[stream_id] = len(events)
         events.append(
-            _new_request(
-                Request, (stream_id, head.method, head.target, head.headers, body)
-            )
+            make(Request, (stream_id, head.method, head.target, head.headers, body))
         )
 
     def _open_special(self, stream: Stream, head: Head) -> None:
