@@ -30,8 +30,6 @@ from typing import Any, cast
 # In place of a status: the connection ended first, or the wait for the answer did.
 BROKEN, UNANSWERED = 0, -1
 LINGER = 10.0  # seconds to wait for answers after the last request
-# A real client is on another machine, and does not wait for the server's processors.
-NICE = -10  # taken where it is permitted, which takes root
 MOST = 1000  # connections; requests beyond wait for one, and their latency says so
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
@@ -295,8 +293,9 @@ def main() -> None:
     help_connections = "opened before the clock starts"
     parser.add_argument("--connections", type=int, default=16, help=help_connections)
     options = parser.parse_args()
-    with contextlib.suppress(PermissionError):
-        os.nice(NICE)
+    # A real client is on another machine, and does not wait for the server's processors.
+    with contextlib.suppress(PermissionError):  # permitted to root
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     client = Client(options.port, options.request.read_bytes())
     runner: Any = asyncio
     with contextlib.suppress(ImportError):
