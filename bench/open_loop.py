@@ -293,7 +293,7 @@ def main() -> None:
     help_connections = "opened before the clock starts"
     parser.add_argument("--connections", type=int, default=16, help=help_connections)
     options = parser.parse_args()
-    # A real client is on another machine, and does not wait for the server's processors.
+    # A real client is on another machine and waits for none of the server's processors.
     with contextlib.suppress(PermissionError):  # permitted to root
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     client = Client(options.port, options.request.read_bytes())
