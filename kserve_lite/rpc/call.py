@@ -82,7 +82,6 @@ _ACCEPTS = (b"grpc-accept-encoding", ACCEPTED.encode())
 HEAD: RawHeaders = (_TYPE, _ACCEPTS)
 OK: RawHeaders = ((b"grpc-status", b"0"),)
 
-
 # Pieces up to this length are copied behind their prefix, longer ones go by themselves.
 _SMALL = 4096
 
