@@ -20,12 +20,17 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Who keeps `connections` times `streams` requests in flight, and how they go."""
+    """Who keeps `connections` times `streams` requests in flight, and how they go.
+
+    apart: the client waits for no processor that the server computes on, as it would on
+    a machine of its own; see `machine.go_first`. Else it takes its turn.
+    """
 
     program: Literal["wrk", "h2load"]
     protocol: Literal["HTTP/1.1", "HTTP/2", "gRPC"]
     connections: int
     streams: int = 1  # at a time on one connection
+    apart: bool = False
 
     def __str__(self) -> str:
         streams = f" x {self.streams} streams" if self.streams > 1 else ""

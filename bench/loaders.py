@@ -14,10 +14,11 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import machine
 from cases import Headers, Load
 
 HERE = Path(__file__).resolve().parent
@@ -94,7 +95,9 @@ def _wrk(load: Load, request: Request, seconds: int) -> Seen:
     argv = [*command(load, seconds), "-s", str(HERE / "post.lua"), request.url]
     headers = "".join(f"{name}: {value}\n" for name, value in request.headers)
     env = dict(os.environ, BENCH_BODY=str(request.body), BENCH_HEADERS=headers)
-    text = subprocess.check_output(argv, env=env, text=True)
+    text = subprocess.check_output(
+        argv, env=env, text=True, preexec_fn=_scheduling(load)
+    )
     lines = [line for line in text.splitlines() if line.startswith("BENCH ")]
     seen = json.loads(lines[0].removeprefix("BENCH "))
     if not seen["requests"]:
@@ -115,7 +118,7 @@ def _h2load(load: Load, request: Request, seconds: int, answer_bytes: int) -> Se
         # It prints a mean and a longest time only; percentiles need every request.
         log = Path(scratch) / "requests.tsv"
         argv += [f"--log-file={log}", *request.options()]
-        text = subprocess.check_output(argv, text=True)
+        text = subprocess.check_output(argv, text=True, preexec_fn=_scheduling(load))
         times = sorted(int(row.rpartition(b"\t")[2]) for row in log.open("rb"))
     try:
         rate = float(_found(_RATE, text)[0])
@@ -138,6 +141,10 @@ def _h2load(load: Load, request: Request, seconds: int, answer_bytes: int) -> Se
         longest=times[-1] / 1000,
         errors=max(failed, done - good, short),
     )
+
+
+def _scheduling(load: Load) -> Callable[[], None] | None:
+    return machine.go_first if load.apart else None
 
 
 def _found(pattern: re.Pattern[str], text: str) -> tuple[str, ...]:

@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
 import re
 import subprocess
@@ -26,6 +25,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+
+import machine
 
 # In place of a status: the connection ended first, or the wait for the answer did.
 BROKEN, UNANSWERED = 0, -1
@@ -293,9 +294,7 @@ def main() -> None:
     help_connections = "opened before the clock starts"
     parser.add_argument("--connections", type=int, default=16, help=help_connections)
     options = parser.parse_args()
-    # A real client is on another machine and waits for none of the server's processors.
-    with contextlib.suppress(PermissionError):  # permitted to root
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    machine.go_first()
     client = Client(options.port, options.request.read_bytes())
     runner: Any = asyncio
     with contextlib.suppress(ImportError):
