@@ -1,7 +1,8 @@
 """What the machine says: versions, memory of a process, and processor time.
 
 Everything is read from /proc and from the programs themselves, so Linux only. Nothing
-here knows of cases or rounds; compare.py asks before and after each of them.
+here knows of cases or rounds; compare.py asks before and after each of them. A client
+may also be given its place before all that compute.
 """
 
 from __future__ import annotations
