@@ -54,6 +54,7 @@ LITE, KSERVE = "serve_alexnet_lite.py", "serve_alexnet_kserve.py"
 WAYS = {
     "kserve-lite": (LITE, "batching"),
     "lite-greedy": (LITE, "greedy"),
+    "lite-pair": (LITE, "pair"),
     "lite-single": (LITE, "single"),
     "lite-threaded": (LITE, "threaded"),
     "kserve": (KSERVE, "loop"),
@@ -65,6 +66,7 @@ SWITCHED_OFF = {
     "kserve-thread": "the same as kserve",
     "kserve-lite": "nothing; max_concurrency=1, max_batch_size=16, max_delay_ms='auto'",
     "lite-greedy": "nothing; max_concurrency=1, max_batch_size=16, max_delay_ms=0",
+    "lite-pair": "nothing; one torch thread, max_concurrency=2, else as kserve-lite",
     "lite-single": "batching; max_concurrency=1",
     "lite-threaded": "batching; no bound on concurrency but the threads",
     "all": "gradients (torch.inference_mode); torch's number of threads is left alone",

@@ -34,6 +34,7 @@ GOODPUT_TARGET = 0.95  # of the peak of the same round
 REFUSED_TARGET = 10.0  # ms, median
 SETTLING = 1.0  # seconds at the start of a step that do not count: queues fill
 CLOSED = 32  # in flight at the peak: a full batch runs, another one waits
+CONNECTIONS = 64  # at first, of an open loop
 COLUMNS = (
     "offered",
     "200/s",
@@ -84,12 +85,25 @@ class Step:
 
 
 def step(
-    server: Server, request: Path, load: str, *, how: Sequence[str], options: Any
+    server: Server,
+    request: Path,
+    load: str,
+    *,
+    options: Any,
+    connections: int,
+    rate: float = 0.0,
+    seed: int = 0,
 ) -> Step:
     pid, seconds = server.process.pid, options.seconds + SETTLING
     before = machine.seconds(pid)
-    python = server.contender.python
-    seen = offer(python, server.port, request, seconds=seconds, how=how)
+    seen = offer(
+        server.port,
+        request,
+        seconds=seconds,
+        connections=connections,
+        rate=rate,
+        seed=seed,
+    )
     after = machine.seconds(pid)
     machine.wait_until_idle(pid, limit=30.0)
     wall, own, client, busy = (b - a for a, b in zip(before, after, strict=True))
@@ -121,17 +135,23 @@ def run_round(
     server: Server, patient: Path, hasty: Path, number: int, options: Any
 ) -> tuple[Step, list[Step]]:
     """The peak, by requests without a deadline, and a step for each multiple of it."""
-    peak = step(
-        server, patient, "peak", how=["--connections", str(CLOSED)], options=options
-    )
+    peak = step(server, patient, "peak", options=options, connections=options.closed)
     print(peak.line(number), flush=True)
     if peak.refused or not peak.ok_rate:
         raise SystemExit(f"no peak: {peak.statuses}; is --max_queue_size too small?")
     steps = []
     for times in options.times:
-        how = ["--rate", str(times * peak.ok_rate), "--poisson"]
-        how += ["--seed", str(number), "--connections", "64"]
-        steps.append(step(server, hasty, f"{times:g}x", how=how, options=options))
+        rate = times * peak.ok_rate
+        seen = step(
+            server,
+            hasty,
+            f"{times:g}x",
+            options=options,
+            connections=CONNECTIONS,
+            rate=rate,
+            seed=number,
+        )
+        steps.append(seen)
         print(steps[-1].line(number), flush=True)
         strange = {
             status: count
@@ -188,6 +208,8 @@ def main() -> None:
     parser.add_argument("--goal_ms", type=int, default=1000, help=help_goal)
     help_queue = "of the server (default: 32, two full batches)"
     parser.add_argument("--max_queue_size", type=int, default=32, help=help_queue)
+    help_closed = "in flight at the peak (default: 32, one full batch runs, one waits)"
+    parser.add_argument("--closed", type=int, default=CLOSED, help=help_closed)
     help_wait = "seconds to wait at most for a quiet machine before each round"
     parser.add_argument("--wait", type=float, default=0.0, help=help_wait)
     ways = [name for name, (script, _) in WAYS.items() if script == LITE]
@@ -250,9 +272,8 @@ def main() -> None:
 
 def warm_up(server: Server, request: Path, options: Any) -> None:
     """Fills caches, and lets an adaptive server learn; is not counted."""
-    how = ["--connections", str(CLOSED)]
     seconds = max(5.0, options.seconds / 4)
-    offer(options.python, server.port, request, seconds=seconds, how=how)
+    offer(server.port, request, seconds=seconds, connections=options.closed)
 
 
 if __name__ == "__main__":

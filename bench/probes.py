@@ -103,9 +103,7 @@ def all_threads(port: int, way: str) -> Iterator[None]:
 def measure(server: Server, request: Path, seconds: float) -> Probed:
     pid = server.process.pid
     before = machine.seconds(pid)
-    how = ["--rate", str(RATE), "--connections", "1"]
-    python = server.contender.python
-    seen = offer(python, server.port, request, seconds=seconds, how=how)
+    seen = offer(server.port, request, seconds=seconds, connections=1, rate=RATE)
     after = machine.seconds(pid)
     wall, own, client, busy = (b - a for a, b in zip(before, after, strict=True))
     latencies = [one.latency_ms for one in seen.samples]
