@@ -33,7 +33,8 @@ HERE = Path(__file__).resolve().parent
 GOODPUT_TARGET = 0.95  # of the peak of the same round
 REFUSED_TARGET = 10.0  # ms, median
 SETTLING = 1.0  # seconds at the start of a step that do not count: queues fill
-CLOSED = 32  # in flight at the peak: a full batch runs, another one waits
+# In flight at the peak: as many full batches as run at a time, and one that waits.
+CLOSED = 48
 CONNECTIONS = 64  # at first, of an open loop
 COLUMNS = (
     "offered",
@@ -138,7 +139,7 @@ def run_round(
     peak = step(server, patient, "peak", options=options, connections=options.closed)
     print(peak.line(number), flush=True)
     if peak.refused or not peak.ok_rate:
-        raise SystemExit(f"no peak: {peak.statuses}; is --max_queue_size too small?")
+        raise SystemExit(f"no peak: {peak.statuses}")
     steps = []
     for times in options.times:
         rate = times * peak.ok_rate
@@ -206,14 +207,12 @@ def main() -> None:
     )
     help_goal = "each request's deadline; an answer that takes longer is not good"
     parser.add_argument("--goal_ms", type=int, default=1000, help=help_goal)
-    help_queue = "of the server (default: 32, two full batches)"
-    parser.add_argument("--max_queue_size", type=int, default=32, help=help_queue)
-    help_closed = "in flight at the peak (default: 32, one full batch runs, one waits)"
+    help_closed = "in flight at the peak, and --max_queue_size of the server"
     parser.add_argument("--closed", type=int, default=CLOSED, help=help_closed)
     help_wait = "seconds to wait at most for a quiet machine before each round"
     parser.add_argument("--wait", type=float, default=0.0, help=help_wait)
     ways = [name for name, (script, _) in WAYS.items() if script == LITE]
-    parser.add_argument("--server", choices=ways, default="kserve-lite")
+    parser.add_argument("--server", choices=ways, default="lite-pair")
     help_python = "interpreter for kserve-lite, with torch (default: this one)"
     parser.add_argument("--python", type=Path, default=sys.executable, help=help_python)
     help_results = "folder for the JSON (default: bench/results)"
@@ -225,7 +224,8 @@ def main() -> None:
     # Else `timeout` or `kill` would end this program and leave its server running.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     known = machine.facts({"kserve-lite's environment": options.python})
-    flags = ("--max_queue_size", str(options.max_queue_size))
+    # So that nothing is refused at the peak, also where batches are small at first.
+    flags = ("--max_queue_size", str(options.closed))
     contender = alexnet.contender(options.server, options.python, None, flags)
     body = CASE.body()
     print(f"overload: {CASE.what}, {options.server}, {' '.join(flags)};", end=" ")

@@ -24,6 +24,7 @@ from kserve_lite.errors import (
     InvalidInput,
     Kind,
     ModelNotReady,
+    Overloaded,
     ServerNotReady,
 )
 from kserve_lite.records import Record
@@ -59,12 +60,34 @@ class Endpoints:
         self._described: tuple[asyncio.Event, Reply] | None = None
         predictions = Predictions(dataplane, events)
         self._actions: dict[str, Action] = {}
+        self._inferring: set[str] = set()
         for action in {route.action for route in ROUTES}:
-            owner = predictions if hasattr(predictions, action) else self
-            self._actions[action] = getattr(owner, action)
+            infers = hasattr(predictions, action)
+            self._actions[action] = getattr(predictions if infers else self, action)
+            if infers:
+                self._inferring.add(action)
 
-    async def answer(self, request: Request, body: Buffer, record: Record) -> Reply:
-        """Answer a request; never raises but for cancellation."""
+    def refuses(self, request: Request) -> bool:
+        """Whether a request cannot be brought to its model now, whatever its body.
+
+        That body is then not worth keeping: refused uploads take no memory.
+        """
+        leads_to = match(request.target).get(request.method)
+        if leads_to is None or leads_to.action not in self._inferring:
+            return False
+        try:
+            self.dataplane.find(leads_to.model, leads_to.version)
+        except InferenceFault:
+            return True
+        return False
+
+    async def answer(
+        self, request: Request, body: Buffer | None, record: Record
+    ) -> Reply:
+        """Answer a request; never raises but for cancellation.
+
+        body: None where `refuses()` said so as it began to come.
+        """
         try:
             methods = match(request.target)
             leads_to = methods.get(request.method)
@@ -74,6 +97,12 @@ class Endpoints:
             record.protocol = leads_to.protocol
             if request.headers.get("content-encoding", "identity") != "identity":
                 return _ENCODED
+            if body is None:
+                self.dataplane.find(leads_to.model, leads_to.version)
+                # What it was refused for has passed, but its body is not here.
+                raise Overloaded(
+                    "The model could not take the request as it began: try again."
+                )
             return await self._actions[leads_to.action](request, leads_to, body, record)
         except InferenceFault as fault:
             return fault_reply(fault)

@@ -85,6 +85,7 @@ class Application:
             metrics=Metrics(self.board, publish=self.publish).render,
             events=settings.events,
         )
+        self.refuses = self._rest.refuses
         self._own_process = own_process
         self._tracing: Tracing | None = None
         if settings.server.enable_tracing:
@@ -113,7 +114,9 @@ class Application:
         if tracing is None:
             return answer
 
-        async def traced(request: Request, body: Buffer, record: Record) -> Reply:
+        async def traced(
+            request: Request, body: Buffer | None, record: Record
+        ) -> Reply:
             tracing.begin(record)
             return await answer(request, body, record)
 

@@ -292,7 +292,9 @@ class Asgi:
         receive: Receive,
         prefix: bytes,
     ) -> None:
-        async def answer(request: Request, body: Buffer, record: Record) -> Reply:
+        async def answer(
+            request: Request, body: Buffer | None, record: Record
+        ) -> Reply:
             reply = await application.answer(request, body, record)
             return _seen_from(prefix, reply, record) if prefix else reply
 

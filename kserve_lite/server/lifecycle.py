@@ -178,6 +178,7 @@ class Server:
         self._listener = Listener(
             self.application.answer,
             rpc=self.application.call,
+            refuses=self.application.refuses,
             ended=self.application.ended,
             sheet=self.application.sheet,
             tls=tls_context(

@@ -49,6 +49,7 @@ class InMemory:
         self._listener = listener = Listener(
             application.answer,
             rpc=application.call,
+            refuses=application.refuses,
             ended=application.ended,
             sheet=application.sheet,
             limits=settings.connection,

@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kserve_lite")
 
-App: TypeAlias = Callable[[Request, Buffer, Record], Awaitable[Reply]]
+# Given a request and its body: None where it was refused as it began.
+App: TypeAlias = Callable[[Request, Buffer | None, Record], Awaitable[Reply]]
+# Whether a request is refused, whatever the body that is still to come.
+Refuses: TypeAlias = Callable[[Request], bool]
 # Told of every request when it is over, answered or not.
 Ended: TypeAlias = Callable[[Record], None]
 
@@ -83,7 +86,7 @@ Rpc: TypeAlias = "Callable[[Request, CallStream, Record], Awaitable[None]]"
 
 
 async def exchange(
-    app: App, request: Request, body: Buffer, stream: Stream, ended: Ended
+    app: App, request: Request, body: Buffer | None, stream: Stream, ended: Ended
 ) -> None:
     """Have `app` answer the request, send what it answers, and end the stream.
 

@@ -195,7 +195,7 @@ class Http2(Connection):
             elif type(event) is EndOfMessage:
                 stream.complete()
                 if not stream.is_call:
-                    self._answer(stream)
+                    self._answer(stream, stream.taken_body())
             elif type(event) is Reset:
                 stream.lost = True
                 self._forget(stream)
@@ -215,10 +215,13 @@ class Http2(Connection):
                 context=self._context.copy(),
             )
         elif stream.ended and self._fits(stream):
-            self._answer(stream)
+            self._answer(stream, stream.taken_body())
+        elif not stream.ended and self._listener.refuses(request):
+            stream.ended = True  # what still comes of it is dropped
+            self._answer(stream, None)
 
-    def _answer(self, stream: Http2Stream) -> None:
-        listener, request, body = self._listener, stream.request, stream.taken_body()
+    def _answer(self, stream: Http2Stream, body: Buffer | None) -> None:
+        listener, request = self._listener, stream.request
         stream.task = self._loop.create_task(
             exchange(listener.app, request, body, stream, listener.ended),
             context=self._context.copy(),

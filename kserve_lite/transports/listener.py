@@ -14,7 +14,7 @@ from kserve_lite.counters import Board, Sheet
 from kserve_lite.records import Record
 from kserve_lite.transports.accepting import Acceptor, Share, take
 from kserve_lite.transports.connection import Connection
-from kserve_lite.transports.exchange import App, Ended, Rpc
+from kserve_lite.transports.exchange import App, Ended, Refuses, Rpc
 from kserve_lite.transports.newcomer import Newcomer
 from kserve_lite.transports.timeouts import (
     BACKLOG,
@@ -23,12 +23,15 @@ from kserve_lite.transports.timeouts import (
     TURNS_OF_ACCEPTING,
     ConnectionLimits,
 )
+from kserve_lite.wire.events import Request
 from kserve_lite.wire.limits import WireLimits
 
 
 class Listener:
     """Serves `app`, and `rpc` where there is one, on sockets that listen already.
 
+    refuses: is asked as a body begins to come that did not come with its head; where it
+        says so, none of it is kept, and `app` gets None.
     ended: is told of every request when it is over, those among them that no `app` saw.
     sheet: where connections and bytes are counted.
     """
@@ -38,6 +41,7 @@ class Listener:
         app: App,
         *,
         rpc: Rpc | None = None,
+        refuses: Refuses | None = None,
         ended: Ended | None = None,
         sheet: Sheet | None = None,
         tls: ssl.SSLContext | None = None,
@@ -46,6 +50,7 @@ class Listener:
     ) -> None:
         self.app = app
         self.rpc = rpc
+        self.refuses: Refuses = refuses or _never
         self.ended: Ended = ended or _nothing
         self.tls = tls
         self.limits = limits or ConnectionLimits()
@@ -178,6 +183,11 @@ class Listener:
                 await self._emptied.wait()
             for connection in list(self._connections):
                 connection.cancel()
+
+
+def _never(_: Request) -> bool:
+    """Nothing is refused before its body has come."""
+    return False
 
 
 def _nothing(_: Record) -> None:

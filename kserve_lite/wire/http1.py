@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import NamedTuple
 
@@ -94,9 +95,17 @@ class Http1Connection:
     `keep_alive` may be set to False at any time before the answer's head is sent: the
     answer then carries `connection: close`. `kept`, the same object all along, holds
     what has arrived of heads and, while a request is being answered, of the next ones.
+
+    drops: is asked when a body has yet to come, wholly or in part; True: it is read and
+        forgotten, so that no `Data` follows. `dropped` then tells so.
     """
 
-    def __init__(self, limits: WireLimits | None = None) -> None:
+    def __init__(
+        self,
+        limits: WireLimits | None = None,
+        *,
+        drops: Callable[[Request], bool] = lambda _: False,
+    ) -> None:
         self.limits = limits or WireLimits()
         self.keep_alive = True
         self._state = _HEAD
@@ -115,6 +124,8 @@ class Http1Connection:
         self._body = bytearray()
         self._body_filled = 0
         self._body_length = 0
+        self._drops = drops
+        self.dropped = False
         self._referee: h11.Connection | None = None
         self._chunked_size = 0
         self._head_request = False
@@ -131,6 +142,11 @@ class Http1Connection:
     def inside_body(self) -> bool:
         """The head is complete and the body is not."""
         return self._state is _BODY or self._state is _CHUNKED
+
+    @property
+    def missing(self) -> int:
+        """Bytes of an announced body that have yet to come."""
+        return self._body_length - self._body_filled
 
     def receive_again(self, data: Buffer) -> Request | None:
         """Take a small whole request with the last one's head, as most are.
@@ -169,7 +185,7 @@ class Http1Connection:
 
     def body_buffer(self) -> memoryview | None:
         """Where the next bytes of an announced body belong; None: use `receive()`."""
-        if self._state is not _BODY:
+        if self._state is not _BODY or self.dropped:
             return None
         if self._body_filled == len(self._body):
             # Doubling in place: extending by fresh zeros would hold them twice.
@@ -178,12 +194,14 @@ class Http1Connection:
         return memoryview(self._body)[self._body_filled :]
 
     def body_received(self, count: int) -> list[Event]:
-        """Say that `count` bytes were written into `body_buffer()`."""
+        """Say that `count` bytes were written into `body_buffer()`, or dropped."""
         self._body_filled += count
-        if self._body_filled < self._body_length:
+        if self.missing:
             return []
-        body, self._body = self._body, bytearray()
         self._state = _ANSWERING
+        if self.dropped:
+            return [_END]
+        body, self._body = self._body, bytearray()
         return [Data(STREAM, body), _END]
 
     def next_cycle(self) -> list[Event]:
@@ -363,9 +381,11 @@ class Http1Connection:
                 self.kept += memoryview(rest)[length:]
                 rest = rest[:length]
             return [make(Request, (*request[:4], bytes(rest)))]
-        self._body = bytearray(min(length, max(FIRST_BODY_BUFFER, came)))
-        # Through a view: a bytearray's slice would make a copy of the rest first.
-        memoryview(self._body)[:came] = rest
+        self.dropped = self._drops(request)
+        if not self.dropped:
+            self._body = bytearray(min(length, max(FIRST_BODY_BUFFER, came)))
+            # Through a view: a bytearray's slice would make a copy of the rest first.
+            memoryview(self._body)[:came] = rest
         self._body_filled = came
         self._body_length = length
         self._state = _BODY
@@ -375,6 +395,10 @@ class Http1Connection:
         """The copying twin of `body_buffer()`, for owners without direct reads."""
         events: list[Event] = []
         rest = memoryview(data)
+        if self.dropped:
+            count = min(len(rest), self.missing)
+            rest = rest[count:]
+            events += self.body_received(count)
         while rest and (target := self.body_buffer()) is not None:
             count = min(len(target), len(rest))
             target[:count] = rest[:count]
@@ -447,6 +471,7 @@ class Http1Connection:
         body_has_begun = bool(self.kept)
         if chunked:
             self._referee = referee
+            self.dropped = self._drops(head.request)
             self._chunked_size = 0
             self._state = _CHUNKED
             self.keep_alive = self.keep_alive and head.keep_alive
@@ -472,7 +497,8 @@ class Http1Connection:
                     if self._chunked_size > self.limits.max_body_size:
                         events.append(self._body_too_large("more than that came"))
                         return events
-                    events.append(Data(STREAM, event.data))
+                    if not self.dropped:
+                        events.append(Data(STREAM, event.data))
                 elif isinstance(event, h11.EndOfMessage):
                     self.kept += referee.trailing_data[0]
                     self._referee = None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -12,7 +14,8 @@ import anyio
 import numpy as np
 import pytest
 
-from kserve_lite import Model, ModelDefinitionError
+from kserve_lite import Model, ModelDefinitionError, Server
+from kserve_lite.transports.http1 import Http1
 from tests.load.asking import BUSY, LATE, OK, Asker, asking, every_protocol
 from tests.transports.client import (
     PATIENCE,
@@ -23,6 +26,7 @@ from tests.transports.client import (
     serving,
     until,
 )
+from tests.transports.h2client import H2Client
 
 pytestmark = pytest.mark.anyio
 
@@ -263,6 +267,114 @@ async def test_a_client_that_leaves_the_queue_makes_room() -> None:
         await until(lambda: running.waiting == 1)
         slow.go_on()
     assert slow.seen == [1, 2]
+
+
+def upload(*framing: str) -> bytes:
+    lines = ("POST /v2/models/m/infer HTTP/1.1", "host: test", *framing, "", "")
+    return "\r\n".join(lines).encode()
+
+
+NUMBERS = b'{"inputs":[{"name":"x","shape":[1],"datatype":"FP32","data":[2]}]}'
+
+
+@asynccontextmanager
+async def one_in_flight() -> AsyncGenerator[tuple[Slow, Server]]:
+    """A model that has as much to do as it may have."""
+    slow = Slow()
+    async with (
+        serving(slow.model, max_in_flight=1) as server,
+        asking("v2", server) as asker,
+        anyio.create_task_group() as tasks,
+    ):
+        tasks.start_soon(asker.ask, [1])
+        await until(lambda: slow.entered == 1)
+        yield slow, server
+        slow.go_on()
+
+
+async def is_free(slow: Slow, server: Server) -> None:
+    slow.go_on()
+    await until(lambda: not server.dataplane.running[slow.model].in_flight)
+
+
+def is_dropping(server: Server) -> bool:
+    """Whether a head was read, and its body is to be forgotten."""
+    connections = server._listener._connections
+    return any(type(one) is Http1 and one._wire.dropped for one in connections)
+
+
+@pytest.mark.parametrize("announced", [True, False])
+async def test_an_upload_that_is_refused_is_not_kept(announced: bool) -> None:
+    """It is read to its end, and its connection goes on."""
+    piece, pieces = b" " * 1_000_000, 8
+    async with one_in_flight() as (slow, server), Client(server.port) as client:
+        if announced:
+            head = upload(f"content-length: {len(piece) * pieces}")
+        else:
+            head = upload("transfer-encoding: chunked")
+            piece = b"%x\r\n%b\r\n" % (len(piece), piece)
+        tracemalloc.start()
+        await client.send(head)
+        for _ in range(pieces):
+            await client.send(piece)
+        if not announced:
+            await client.send(b"0\r\n\r\n")
+        answer = await client.answer()
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert "in flight" in answer.json["error"]
+        # h11 copies what it reads.
+        assert most < (1 if announced else 3) * len(piece)
+        await is_free(slow, server)
+        answer = await client.ask(upload(f"content-length: {len(NUMBERS)}") + NUMBERS)
+        assert answer.status == 200
+    assert slow.seen == [1, 2]
+
+
+async def test_an_upload_is_refused_for_what_holds_as_it_begins() -> None:
+    """HTTP/1.1 clients look for an answer when they have sent all."""
+    async with one_in_flight() as (slow, server), Client(server.port) as client:
+        await client.send(upload(f"content-length: {len(NUMBERS)}") + NUMBERS[:9])
+        await until(lambda: is_dropping(server))
+        await is_free(slow, server)
+        await client.send(NUMBERS[9:])
+        answer = await client.answer()
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert "as it began" in answer.json["error"]
+        answer = await client.ask(upload(f"content-length: {len(NUMBERS)}") + NUMBERS)
+        assert answer.status == 200
+
+
+async def test_an_upload_over_http2_is_refused_before_its_end() -> None:
+    async with one_in_flight() as (slow, server), H2Client(server.port) as client:
+        path, length = "/v2/models/m/infer", ("content-length", str(len(NUMBERS)))
+        for sent in (b"", NUMBERS[:9]):
+            stream_id = await client.begin("POST", path, length)
+            await client.body(stream_id, sent, end=False)
+            answer = await client.answer(stream_id)
+            assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        await is_free(slow, server)
+        answer = await client.fetch("POST", path, body=NUMBERS)
+        assert answer.status == 200
+
+
+async def test_what_is_refused_as_it_begins_is_counted() -> None:
+    async with one_in_flight() as (_, server), Client(server.port) as client:
+        await client.send(upload(f"content-length: {len(NUMBERS)}"))
+        assert (await client.ask(NUMBERS)).status == 503
+        text = (await client.ask(get("/metrics"))).body.decode()
+    labels = 'code="503",method="infer",model_name="m",protocol="v2"'
+    assert f"requests_total{{{labels}}} 1" in text
+
+
+async def test_an_upload_to_no_model_is_refused_as_it_begins() -> None:
+    async with one_in_flight() as (_, server), Client(server.port) as client:
+        head = upload(f"content-length: {len(NUMBERS)}").replace(b"/m/", b"/none/")
+        await client.send(head)
+        answer = await client.ask(NUMBERS)
+        assert answer.status == 404
+        assert "none" in answer.json["error"]
 
 
 async def test_health_metadata_and_statistics_never_queue() -> None:

@@ -177,6 +177,27 @@ async def test_large_bodies_both_ways(authority: Authority) -> None:
         assert np.array_equal(await asked_by_grpc(server, credentials, values), values)
 
 
+async def test_an_upload_that_is_refused(authority: Authority) -> None:
+    """Its bytes are read and dropped as they are decrypted."""
+    entered, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(payload: Any) -> Any:
+        entered.set()
+        await go_on.wait()
+        return payload
+
+    async with encrypted(authority, model_of(wait), max_in_flight=1) as server:
+        url = f"{server.url}/v1/models/m:predict"
+        async with http(authority.trusting()) as one, http(authority.trusting()) as two:
+            first = asyncio.create_task(one.post(url, content=b'{"instances":[1]}'))
+            await entered.wait()
+            large = b'{"instances":[2]}'.ljust(5 * MEGABYTE)
+            assert (await two.post(url, content=large)).status_code == 503
+            go_on.set()
+            assert (await first).status_code == 200
+            assert (await two.post(url, content=large)).status_code == 200
+
+
 async def test_closing_leaves_time_for_a_slow_reader(
     authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
