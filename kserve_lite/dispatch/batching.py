@@ -41,8 +41,8 @@ class Batcher:
         it started has ended, or `max_concurrency` does not hold.
     max_queue_size: requests that may wait. Let in beyond it are, while slots are free,
         as many as their batches may have rows.
-    max_concurrency: batches inside `call` at a time, the slots. Several would each be
-        small.
+    max_concurrency: batches inside `call` at a time, the slots. While few wait, several
+        are each small.
     clock: seconds, to tell how long things took and when a deadline has passed.
     """
 
