@@ -195,7 +195,7 @@ class Http2(Connection):
             elif type(event) is EndOfMessage:
                 stream.complete()
                 if not stream.is_call:
-                    self._answer(stream, stream.taken_body())
+                    self._answer(stream)
             elif type(event) is Reset:
                 stream.lost = True
                 self._forget(stream)
@@ -215,15 +215,22 @@ class Http2(Connection):
                 context=self._context.copy(),
             )
         elif stream.ended and self._fits(stream):
-            self._answer(stream, stream.taken_body())
-        elif not stream.ended and self._listener.refuses(request):
-            stream.ended = True  # what still comes of it is dropped
-            self._answer(stream, None)
+            self._answer(stream)
+        elif not stream.ended:
+            # Answered at its end all the same: of curl and httpx, which still send, an
+            # answer before, and the reset after it, is not taken (RFC 9113 8.1).
+            stream.dropped = self._listener.refuses(request)
 
-    def _answer(self, stream: Http2Stream, body: Buffer | None) -> None:
-        listener, request = self._listener, stream.request
+    def _answer(self, stream: Http2Stream) -> None:
+        listener, request, body = self._listener, stream.request, stream.taken_body()
         stream.task = self._loop.create_task(
-            exchange(listener.app, request, body, stream, listener.ended),
+            exchange(
+                listener.app,
+                request,
+                None if stream.dropped else body,
+                stream,
+                listener.ended,
+            ),
             context=self._context.copy(),
         )
 

@@ -84,6 +84,7 @@ class Inbox:
 class Http2Stream:
     """One request and its answer; what `exchange` and `call` read and write.
 
+    dropped: the body is not kept, since the request is refused.
     lost: nobody can be answered any more.
     peer: the host of the peer.
     """
@@ -99,6 +100,7 @@ class Http2Stream:
         "_watched",
         "_watched_at",
         "_writable",
+        "dropped",
         "ended",
         "id",
         "is_call",
@@ -113,6 +115,7 @@ class Http2Stream:
         self.request = request
         self.is_call = is_call
         self.ended = request.body is not None  # the request is complete
+        self.dropped = False
         self.lost = False
         self.task: asyncio.Task[None] | None = None
         self._connection = connection
@@ -134,6 +137,9 @@ class Http2Stream:
 
     def feed(self, data: Buffer) -> None:
         """Take bytes of the body."""
+        if self.dropped:
+            self._came += len(data)
+            return
         if not self._inbox:
             self._inbox.announce(self._announced(data))
         self._inbox.add(data)
@@ -153,8 +159,8 @@ class Http2Stream:
 
     @property
     def size(self) -> int:
-        """Bytes of the body that are held here."""
-        return len(self._inbox)
+        """Bytes of the body that are held here, or were dropped."""
+        return self._came if self.dropped else len(self._inbox)
 
     def taken_body(self) -> Buffer:
         """The whole body, which is held here no longer."""

@@ -346,17 +346,43 @@ async def test_an_upload_is_refused_for_what_holds_as_it_begins() -> None:
         assert answer.status == 200
 
 
-async def test_an_upload_over_http2_is_refused_before_its_end() -> None:
+@pytest.mark.parametrize("announced", [True, False])
+async def test_an_upload_over_http2_that_is_refused_is_not_kept(
+    announced: bool,
+) -> None:
+    """Of clients that still send, an answer before the end is not taken."""
+    body = NUMBERS.ljust(8_000_000)
     async with one_in_flight() as (slow, server), H2Client(server.port) as client:
-        path, length = "/v2/models/m/infer", ("content-length", str(len(NUMBERS)))
-        for sent in (b"", NUMBERS[:9]):
-            stream_id = await client.begin("POST", path, length)
-            await client.body(stream_id, sent, end=False)
-            answer = await client.answer(stream_id)
-            assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        path = "/v2/models/m/infer"
+        tracemalloc.start()
+        stream_id = await client.post(body, path=path, announced=announced)
+        answer = await client.answer(stream_id)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert answer.complete
+        assert client.streams[stream_id].reset is None
+        assert most < 0.5 * len(body)
         await is_free(slow, server)
-        answer = await client.fetch("POST", path, body=NUMBERS)
+        answer = await client.fetch("POST", path, body=body)
         assert answer.status == 200
+
+
+async def test_an_upload_that_is_dropped_has_the_size_that_it_may_have() -> None:
+    """Over HTTP/2, where no length need be announced."""
+    slow = Slow()
+    async with (
+        serving(slow.model, max_in_flight=1, max_body_size=1000) as server,
+        asking("v2", server) as asker,
+        H2Client(server.port) as client,
+        anyio.create_task_group() as tasks,
+    ):
+        tasks.start_soon(asker.ask, [1])
+        await until(lambda: slow.entered == 1)
+        for size, status in ((1000, 503), (1001, 413)):
+            stream_id = await client.post(b" " * size, announced=False)
+            assert (await client.answer(stream_id)).status == status
+        slow.go_on()
 
 
 async def test_what_is_refused_as_it_begins_is_counted() -> None:
