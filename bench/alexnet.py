@@ -69,7 +69,8 @@ SWITCHED_OFF = {
     "lite-pair": "nothing; one torch thread, max_concurrency=2, else as kserve-lite",
     "lite-single": "batching; max_concurrency=1",
     "lite-threaded": "batching; no bound on concurrency but the threads",
-    "all": "gradients (torch.inference_mode); torch's number of threads is left alone",
+    "all": "gradients (torch.inference_mode); the number of torch's threads is its own "
+    "where nothing else is said",
 }
 NOT_MEASURED = (
     "trained weights (speed does not depend on them), other torch thread settings, a "

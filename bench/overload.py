@@ -85,26 +85,11 @@ class Step:
         )
 
 
-def step(
-    server: Server,
-    request: Path,
-    load: str,
-    *,
-    options: Any,
-    connections: int,
-    rate: float = 0.0,
-    seed: int = 0,
-) -> Step:
+def step(server: Server, request: Path, load: str, *, options: Any, **how: Any) -> Step:
+    """Load the server; `how` is `offer`'s: connections, rate and seed."""
     pid, seconds = server.process.pid, options.seconds + SETTLING
     before = machine.seconds(pid)
-    seen = offer(
-        server.port,
-        request,
-        seconds=seconds,
-        connections=connections,
-        rate=rate,
-        seed=seed,
-    )
+    seen = offer(server.port, request, seconds=seconds, **how)
     after = machine.seconds(pid)
     machine.wait_until_idle(pid, limit=30.0)
     wall, own, client, busy = (b - a for a, b in zip(before, after, strict=True))
@@ -143,16 +128,8 @@ def run_round(
     steps = []
     for times in options.times:
         rate = times * peak.ok_rate
-        seen = step(
-            server,
-            hasty,
-            f"{times:g}x",
-            options=options,
-            connections=CONNECTIONS,
-            rate=rate,
-            seed=number,
-        )
-        steps.append(seen)
+        how = {"connections": CONNECTIONS, "rate": rate, "seed": number}
+        steps.append(step(server, hasty, f"{times:g}x", options=options, **how))
         print(steps[-1].line(number), flush=True)
         strange = {
             status: count

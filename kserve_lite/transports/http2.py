@@ -222,15 +222,10 @@ class Http2(Connection):
             stream.dropped = self._listener.refuses(request)
 
     def _answer(self, stream: Http2Stream) -> None:
-        listener, request, body = self._listener, stream.request, stream.taken_body()
+        listener, request = self._listener, stream.request
+        body = None if stream.dropped else stream.taken_body()
         stream.task = self._loop.create_task(
-            exchange(
-                listener.app,
-                request,
-                None if stream.dropped else body,
-                stream,
-                listener.ended,
-            ),
+            exchange(listener.app, request, body, stream, listener.ended),
             context=self._context.copy(),
         )
 

@@ -23,7 +23,6 @@ from kserve_lite.transports.timeouts import (
     TURNS_OF_ACCEPTING,
     ConnectionLimits,
 )
-from kserve_lite.wire.events import Request
 from kserve_lite.wire.limits import WireLimits
 
 
@@ -40,8 +39,8 @@ class Listener:
         self,
         app: App,
         *,
+        refuses: Refuses,
         rpc: Rpc | None = None,
-        refuses: Refuses | None = None,
         ended: Ended | None = None,
         sheet: Sheet | None = None,
         tls: ssl.SSLContext | None = None,
@@ -50,7 +49,7 @@ class Listener:
     ) -> None:
         self.app = app
         self.rpc = rpc
-        self.refuses: Refuses = refuses or _never
+        self.refuses = refuses
         self.ended: Ended = ended or _nothing
         self.tls = tls
         self.limits = limits or ConnectionLimits()
@@ -183,11 +182,6 @@ class Listener:
                 await self._emptied.wait()
             for connection in list(self._connections):
                 connection.cancel()
-
-
-def _never(_: Request) -> bool:
-    """Nothing is refused before its body has come."""
-    return False
 
 
 def _nothing(_: Record) -> None:
